@@ -1,0 +1,18 @@
+// The head's entry points for the binding.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "head.h"
+
+namespace fastpref {
+
+// Usable on this processor, best first.
+std::vector<std::string> head_isas();
+const HeadKernels& head_kernels(const std::string& isa);
+
+// out (n,) = hidden[t] . weight[targets[t]], summed in fp64
+void label_dots(const void* hidden, const void* weight, const int64_t* targets, double* out, int64_t n, int64_t hidden_size,
+                int64_t weight_stride, Dtype dtype, int threads);
+
+}  // namespace fastpref

@@ -1,0 +1,28 @@
+"""Preference-tuning losses of a language model without the logits matrix."""
+
+from fastpref.heads.plan import Plan, plan
+from fastpref.heads.preference import PreferenceOutput, linear_preference_loss
+from fastpref.integrations.transformers import fused_lm_head
+from fastpref.losses._protocol import couples
+from fastpref.losses.preference import Pairs, Tokens, dpo_loss
+from fastpref.ops.gae import gae
+from fastpref.ops.linear_logps import LogPs, linear_logps
+from fastpref.ops.selective_logps import selective_logps
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LogPs",
+    "Pairs",
+    "Plan",
+    "PreferenceOutput",
+    "Tokens",
+    "couples",
+    "dpo_loss",
+    "fused_lm_head",
+    "gae",
+    "linear_logps",
+    "linear_preference_loss",
+    "plan",
+    "selective_logps",
+]

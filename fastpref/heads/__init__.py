@@ -1,0 +1,1 @@
+"""The fused linear head: losses applied without logits."""

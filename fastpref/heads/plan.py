@@ -1,0 +1,91 @@
+"""What a call of the fused head will cost, before it is made."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastpref.kernels.head import MIB, accumulator, chunk_dtype, chunk_tokens, default_workspace
+from fastpref.losses._protocol import COUPLINGS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass is 2 N H V FLOPs, N counting unskipped tokens."""
+
+    passes: int
+    chunk_tokens: int  # rows of a stored chunk; 0 if none is stored
+    chunks: int
+    flops: int
+    chunk_bytes: int  # of stored exponentials at a time
+    accumulator_bytes: int  # fp32 gradients kept until the upstream factor is known
+    why: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """Beyond inputs, outputs and the gradients returned."""
+        return self.chunk_bytes + self.accumulator_bytes
+
+
+def plan(
+    n_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype,
+    trainable_head: bool,
+    couples: str | None,
+    device: torch.device | str | None = None,
+    workspace: int | None = None,
+) -> Plan:
+    """Passes, FLOPs and memory of one loss call on the head, forward and backward.
+
+    Args:
+        n_tokens: tokens that are scored; prompt and padding tokens are skipped and do not count.
+        hidden_size, vocab_size: of the head's weight (V, H).
+        dtype: of hidden and weight.
+        trainable_head: the head's weight gets a gradient.
+        couples: what a term of the loss depends on: "token", "sequence", "pair" or "batch". None: no gradient at all.
+        device: where; None: cpu.
+        workspace: bytes for a chunk; None: the default of the device.
+    Raises:
+        ValueError: a size is negative, or couples is unknown.
+    """
+    for name, value in (("n_tokens", n_tokens), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        if value < (0 if name == "n_tokens" else 1):
+            raise ValueError(f"plan: {name} must be {'>= 0' if name == 'n_tokens' else '>= 1'}; got {value}")
+    if couples is not None and couples not in COUPLINGS:
+        raise ValueError(f"plan: couples must be None or one of {', '.join(COUPLINGS)}; got {couples!r}")
+    if workspace is None:
+        workspace = default_workspace(torch.device(device or "cpu"))
+    elif workspace < MIB:
+        raise ValueError(f"plan: workspace is in bytes and must be at least 1 MiB; got {workspace}")
+
+    fits = chunk_tokens(hidden_size, vocab_size, dtype, workspace)
+    whole = n_tokens <= fits
+    wide = accumulator(dtype).itemsize
+    d_hidden = wide * n_tokens * hidden_size
+    d_weight = wide * vocab_size * hidden_size
+    if couples is None:
+        passes, stored, kept, why = 1, 0, 0, "no gradient: one pass, nothing stored"
+    elif not trainable_head:
+        passes, stored, kept = 2, min(fits, n_tokens), d_hidden
+        why = "frozen head: dlogp/dhidden is formed in forward, its rows scaled in backward"
+    elif couples != "batch":
+        passes, stored, kept = 3, min(fits, n_tokens), d_hidden + d_weight
+        why = f"couples = {couples}: gradients are formed in forward from each chunk of whole pairs"
+        why += f", if each pair has at most {fits} tokens"
+    elif whole:
+        passes, stored, kept = 3, n_tokens, d_hidden + d_weight
+        why = "couples = batch, and the whole batch fits one chunk: gradients are formed in forward from it"
+    else:
+        passes, stored, kept = 4, fits, d_hidden + d_weight
+        why = f"couples = batch, and {n_tokens} tokens do not fit one chunk of {fits}: logits are formed again"
+    return Plan(
+        passes=passes,
+        chunk_tokens=stored,
+        chunks=-(-n_tokens // stored) if stored else 0,
+        flops=passes * 2 * n_tokens * hidden_size * vocab_size,
+        chunk_bytes=stored * vocab_size * chunk_dtype(dtype).itemsize,
+        accumulator_bytes=kept,
+        why=why,
+    )

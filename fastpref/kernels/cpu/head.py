@@ -1,0 +1,131 @@
+"""Launchers of the head's C++ kernels (csrc/head*.cpp): fp32 sums and, for 16-bit inputs, a chunk stored in bf16.
+
+A chunk is (V, stride): tokens contiguous, padded with zeros to `token_pad`.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from fastpref import _cpu
+from fastpref.kernels.head import Head, Sums, chunk_dtype
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def isa() -> str:
+    """The instruction set in use: the best of this processor, or FASTPREF_CPU_ISA."""
+    return os.environ.get("FASTPREF_CPU_ISA") or _cpu.head_isas()[0]
+
+
+def _rows(weight: Tensor) -> Tensor:
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """(n,) fp64: x . w_y, summed in fp64."""
+    weight, (n, hidden_size) = _rows(weight), x.shape
+    out = torch.empty(n, dtype=torch.float64)
+    _cpu.label_dots(
+        x.data_ptr(),
+        weight.data_ptr(),
+        targets.data_ptr(),
+        out.data_ptr(),
+        n,
+        hidden_size,
+        weight.stride(0),
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def new_chunk(n: int, weight: Tensor) -> Tensor:
+    stride = -(-n // _cpu.token_pad) * _cpu.token_pad
+    return torch.empty(weight.shape[0], stride, dtype=chunk_dtype(weight.dtype))
+
+
+def put_rows(chunk: Tensor, index: Tensor, source: Tensor) -> None:
+    chunk[:, index] = source[:, : index.numel()]
+
+
+def score(
+    x: Tensor,
+    head: Head,
+    targets: Tensor,
+    anchor: Tensor,
+    inv_temperature: Tensor,
+    chunk: Tensor | None,
+    coefs: tuple[Tensor, Tensor] | None,
+) -> Sums:
+    weight, (n, hidden_size) = _rows(head.weight), x.shape
+    bias = None if head.bias is None else head.bias.float().contiguous()
+    c0, c1 = (c.contiguous() for c in coefs) if coefs else (None, None)
+    x, anchor, inv_temperature = x.contiguous(), anchor.contiguous(), inv_temperature.contiguous()
+    targets = targets.contiguous()
+    sums = torch.empty(len(Sums._fields), n, dtype=torch.float64)
+    _cpu.head_score(
+        isa(),
+        *(
+            0 if t is None else t.data_ptr()
+            for t in (x, weight, bias, targets, anchor, inv_temperature, c0, c1, sums, chunk)
+        ),
+        n,
+        hidden_size,
+        weight.shape[0],
+        weight.stride(0),
+        0 if chunk is None else chunk.stride(0),
+        head.logit_scale,
+        head.softcap or 0.0,
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return Sums(*sums)
+
+
+def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
+    """(n, H) fp32: F W."""
+    weight = _rows(weight)
+    vocab_size, hidden_size = weight.shape
+    out = torch.empty(n, hidden_size)
+    _cpu.head_d_hidden(
+        isa(),
+        chunk.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        n,
+        hidden_size,
+        vocab_size,
+        weight.stride(0),
+        chunk.stride(0),
+        _DTYPES[weight.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def add_d_weight(chunk: Tensor, scaled: Tensor, out: Tensor) -> None:
+    """out (V, H) fp32 += F^T scaled, with scaled (n, H) fp32 rounded to the operands of the product."""
+    n, hidden_size = scaled.shape
+    scaled = scaled.contiguous()
+    _cpu.head_d_weight(
+        isa(),
+        chunk.data_ptr(),
+        scaled.data_ptr(),
+        out.data_ptr(),
+        n,
+        hidden_size,
+        out.shape[0],
+        chunk.stride(0),
+        True,
+        0 if chunk.dtype == torch.float32 else 1,
+        torch.get_num_threads(),
+    )
+
+
+def add_d_bias(chunk: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out (V,) fp32 += F^T factor."""
+    for first in range(0, out.numel(), 4096):
+        block = chunk[first : first + 4096, : factor.numel()].float()
+        out[first : first + 4096] += block @ factor

@@ -1,0 +1,286 @@
+"""The linear head, a chunk of tokens at a time: what every backend's kernels are driven by.
+
+With z the logits, y the target and a an anchor (the label's own logit, so that a confident row keeps full precision):
+
+    d_v = z_v - a,  e_v = exp(d_v),  S' = sum over v != y of e_v,  S = e_y + S'
+    logp = -log1p(S')  (a = z_y),    entropy = max(0, log S - (1/S) sum e_v d_v)
+
+    dL/dz_v = g 1[v = y] - p_v (g + h (log p_v + entropy)),    p_v = e_v / S,  g = dL/dlogp,  h = dL/dentropy
+
+A row whose S' passes 2^40 is scored once more, anchored at its maximum: its e would not survive 16-bit products.
+A chunk stores F_v = e_v (1 - tanh^2), label entry zero; the label's rank-one terms are added in fp32. DESIGN section 4.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+RESCORE_ABOVE = 2.0**40  # of S'; 27.7 nats
+MIB = 2**20
+
+
+class Head(NamedTuple):
+    """The parameters of the head and what is done to its logits."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+    deterministic: bool = False
+
+
+class Sums(NamedTuple):
+    """(n,) each, over v != y except z, which is over all v."""
+
+    exp: Tensor
+    exp_d: Tensor
+    exp_sq: Tensor
+    z: Tensor
+    max_d: Tensor
+
+
+class Kernels(Protocol):
+    """What a backend provides. `chunk` is its own layout of n rows of F, made by `new_chunk`."""
+
+    def label_dots(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: ...
+
+    def new_chunk(self, n: int, weight: Tensor) -> Tensor: ...
+
+    def put_rows(self, chunk: Tensor, index: Tensor, source: Tensor) -> None: ...
+
+    # coefs = (c0, c1): the chunk is F (c0 + c1 d)
+    def score(
+        self,
+        x: Tensor,
+        head: Head,
+        targets: Tensor,
+        anchor: Tensor,
+        inv_temperature: Tensor,
+        chunk: Tensor | None,
+        coefs: tuple[Tensor, Tensor] | None,
+    ) -> Sums: ...
+
+    def d_hidden(self, chunk: Tensor, n: int, weight: Tensor) -> Tensor: ...
+
+    def add_d_weight(self, chunk: Tensor, scaled: Tensor, out: Tensor) -> None: ...
+
+    def add_d_bias(self, chunk: Tensor, factor: Tensor, out: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n rows to score, gathered."""
+
+    x: Tensor  # (n, H)
+    targets: Tensor  # (n,)
+    inv_temperature: Tensor  # (n,)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All rows of a call, flat; `index` below is always into the M targets."""
+
+    hidden: Tensor  # (R, H)
+    head: Head
+    targets: Tensor  # (M,)
+    rows: Tensor | None  # (M,) into hidden
+    inv_temperature: Tensor  # (M,)
+
+    def gather(self, index: Tensor) -> Rows:
+        row = index if self.rows is None else self.rows[index]
+        return Rows(self.hidden[row], self.targets[index], self.inv_temperature[index])
+
+
+class Scores(NamedTuple):
+    """(n,) each, in fp32 (fp64 for fp64 inputs): all that later steps need of the logits."""
+
+    anchor: Tensor
+    label_d: Tensor  # z_y - anchor
+    rest: Tensor  # S'
+    logps: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor  # bool
+
+    @property
+    def total(self) -> Tensor:
+        return self.label_d.exp() + self.rest
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def chunk_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype.itemsize == 2 else dtype
+
+
+def default_workspace(device: torch.device) -> int:
+    """Bytes for the buffers of one chunk."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 32
+    return 256 * MIB
+
+
+def chunk_tokens(hidden_size: int, vocab_size: int, dtype: torch.dtype, workspace: int) -> int:
+    """Rows of a stored chunk that fit in `workspace` bytes."""
+    # the chunk, its partial sums (20 bytes every 480 columns), and hidden rows gathered, packed and in fp32
+    row = vocab_size * chunk_dtype(dtype).itemsize + vocab_size // 24 + 16 * hidden_size + 64
+    return max(1, workspace // row)
+
+
+def score(
+    kernels: Kernels,
+    head: Head,
+    rows: Rows,
+    chunk: Tensor | None = None,
+) -> Scores:
+    """One pass over the vocabulary; F into `chunk` if given."""
+    dtype = accumulator(rows.x.dtype)
+    vocab_size = head.weight.shape[0]
+    z_y, _ = label_logits(kernels, head, rows)
+    anchor = torch.where(z_y.isinf(), 0.0, z_y).to(dtype)
+    sums = kernels.score(rows.x, head, rows.targets, anchor, rows.inv_temperature, chunk, None)
+    again = (sums.exp > RESCORE_ABOVE).nonzero()[:, 0]
+    if again.numel():
+        few = Rows(rows.x[again], rows.targets[again], rows.inv_temperature[again])
+        moved = anchor[again] + sums.max_d[again].to(dtype)
+        few_chunk = None if chunk is None else kernels.new_chunk(again.numel(), head.weight)
+        few_sums = kernels.score(few.x, head, few.targets, moved, few.inv_temperature, few_chunk, None)
+        if chunk is not None and few_chunk is not None:
+            kernels.put_rows(chunk, again, few_chunk)
+        anchor[again] = moved
+        for all_rows, some in zip(sums, few_sums, strict=True):
+            all_rows[again] = some
+
+    # the sums are fp64: what follows is rounded once, at the end
+    label_d = z_y - anchor.double()
+    e_y = label_d.exp()
+    total = e_y + sums.exp
+    log_total = torch.where(label_d == 0, torch.log1p(sums.exp), total.log())
+    bounded = label_d.clamp(min=-200.0)
+    entropy = (log_total - (sums.exp_d + e_y * bounded) / total).clamp(min=0)
+    return Scores(
+        anchor=anchor,
+        label_d=label_d.to(dtype),
+        rest=sums.exp.to(dtype),
+        logps=(label_d - log_total).to(dtype),
+        entropy=entropy.to(dtype),
+        log_sum_sq_probs=((sums.exp_sq + e_y * e_y).log() - 2 * log_total).to(dtype),
+        mean_logits=(sums.z / vocab_size).to(dtype),
+        is_top1=sums.max_d <= label_d,
+    )
+
+
+def label_logits(kernels: Kernels, head: Head, rows: Rows) -> tuple[Tensor, Tensor]:
+    """(z_y, 1 - tanh^2 at the label), both (n,) fp64."""
+    u = kernels.label_dots(rows.x, head.weight, rows.targets).double()
+    if head.bias is not None:
+        u = u + head.bias[rows.targets].double()
+    u = u * head.logit_scale
+    slope = torch.ones_like(u)
+    if head.softcap is not None:
+        bent = torch.tanh(u / head.softcap)
+        u, slope = head.softcap * bent, 1 - bent * bent
+    return u * rows.inv_temperature.double(), slope
+
+
+class Upstream(NamedTuple):
+    """Gradients that reach the rows: (n,) each, fp32."""
+
+    logps: Tensor
+    entropy: Tensor | None
+
+
+def rescore(kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream: Upstream, chunk: Tensor) -> None:
+    """F again for a backward, anchored as before; with an entropy gradient, times what it adds for each v."""
+    coefs = None
+    if upstream.entropy is not None:
+        c0 = upstream.logps + upstream.entropy * (scores.entropy - scores.total.log())
+        coefs = (c0, upstream.entropy)
+    kernels.score(rows.x, head, rows.targets, scores.anchor, rows.inv_temperature, chunk, coefs)
+
+
+def row_factors(kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream: Upstream) -> tuple[Tensor, Tensor]:
+    """(n,) each: what F is multiplied by, and the label's own coefficient, so that dL/du = factor F + label at y."""
+    g, h = upstream
+    total = scores.total
+    _, bend = label_logits(kernels, head, rows)
+    scale = rows.inv_temperature * head.logit_scale
+    label = g * scores.rest / total
+    if h is not None:
+        # p log p -> 0 where the label is far below
+        log_p = scores.logps.clamp(min=-200.0)
+        label = label - h * (scores.label_d.exp() / total) * (log_p + scores.entropy)
+    factor = -scale / total if h is not None else -scale * g / total
+    return factor.to(total.dtype), (label * bend.to(total.dtype) * scale).to(total.dtype)
+
+
+@dataclass
+class Gradients:
+    """Accumulators in fp32 (fp64 for fp64 inputs); None where nobody asks."""
+
+    hidden: Tensor | None  # (R, H)
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+
+    @staticmethod
+    def zeros(problem: Problem, hidden: bool, weight: bool, bias: bool) -> "Gradients":
+        dtype = accumulator(problem.hidden.dtype)
+
+        def like(wanted: bool, x: Tensor | None) -> Tensor | None:
+            return torch.zeros(x.shape, dtype=dtype, device=x.device) if wanted and x is not None else None
+
+        head = problem.head
+        return Gradients(like(hidden, problem.hidden), like(weight, head.weight), like(bias, head.bias))
+
+    def add(
+        self, kernels: Kernels, problem: Problem, index: Tensor, scores: Scores, upstream: Upstream, chunk: Tensor
+    ) -> None:
+        """The gradient products of one stored chunk, its rows at `index`."""
+        head, rows = problem.head, problem.gather(index)
+        factor, label = row_factors(kernels, head, rows, scores, upstream)
+        if self.hidden is not None:
+            d_rows = kernels.d_hidden(chunk, index.numel(), head.weight)
+            d_rows.mul_(factor[:, None]).add_(head.weight[rows.targets] * label[:, None])
+            self.hidden.index_add_(0, index if problem.rows is None else problem.rows[index], d_rows)
+        if self.weight is not None:
+            x = rows.x.to(factor.dtype)
+            kernels.add_d_weight(chunk, x * factor[:, None], self.weight)
+            self.weight.index_add_(0, rows.targets, x * label[:, None])
+        if self.bias is not None:
+            kernels.add_d_bias(chunk, factor, self.bias)
+            self.bias.index_add_(0, rows.targets, label)
+
+
+def split(index: Tensor, size: int) -> Iterator[Tensor]:
+    """Chunks of equal length, at most `size`."""
+    if index.numel():
+        yield from index.tensor_split(-(-index.numel() // size))
+
+
+def backward(
+    kernels: Kernels,
+    problem: Problem,
+    index: Tensor,
+    scores: Scores,
+    upstream: Upstream,
+    gradients: Gradients,
+    workspace: int,
+) -> None:
+    """Score the rows at `index` again and add their gradients. A row nobody sends a gradient to costs nothing."""
+    live = upstream.logps != 0
+    if upstream.entropy is not None:
+        live = live | (upstream.entropy != 0)
+    live = live.nonzero()[:, 0]
+    weight = problem.head.weight
+    for part in split(live, chunk_tokens(weight.shape[1], weight.shape[0], weight.dtype, workspace)):
+        some_scores = Scores(*(x[part] for x in scores))
+        some_upstream = Upstream(upstream.logps[part], None if upstream.entropy is None else upstream.entropy[part])
+        chunk = kernels.new_chunk(part.numel(), weight)
+        rescore(kernels, problem.head, problem.gather(index[part]), some_scores, some_upstream, chunk)
+        gradients.add(kernels, problem, index[part], some_scores, some_upstream, chunk)

@@ -1,0 +1,128 @@
+"""The head's steps in eager PyTorch, a slab of the vocabulary at a time: any device, the same memory contract.
+
+Logits are formed in fp32 from 16-bit inputs (fp64 from fp64), never rounded to 16 bits. A chunk is (n, V).
+With `deterministic` a library GEMM always sees blocks of one size, so a row's bits do not depend on its neighbours.
+"""
+
+import torch
+from torch import Tensor
+
+from fastpref.kernels.head import Head, Sums, accumulator, chunk_dtype
+
+SLAB_BYTES = 16 * 2**20  # of one (n, slab) fp32 temporary; about five live at once
+BLOCK = 64  # rows of a GEMM when deterministic
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the accumulator's precision."""
+    dtype = accumulator(a.dtype)
+    if a.is_cuda and a.dtype == b.dtype and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _slabs(n: int, vocab_size: int) -> list[slice]:
+    size = max(256, SLAB_BYTES // (4 * max(n, 1)))
+    return [slice(first, min(first + size, vocab_size)) for first in range(0, vocab_size, size)]
+
+
+def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """(n,) fp64: x . w_y."""
+    return torch.cat(
+        [(a.double() * weight[y].double()).sum(-1) for a, y in zip(x.split(1024), targets.split(1024), strict=True)]
+    )
+
+
+def new_chunk(n: int, weight: Tensor) -> Tensor:
+    return torch.empty(n, weight.shape[0], dtype=chunk_dtype(weight.dtype), device=weight.device)
+
+
+def put_rows(chunk: Tensor, index: Tensor, source: Tensor) -> None:
+    chunk[index] = source
+
+
+def score(
+    x: Tensor,
+    head: Head,
+    targets: Tensor,
+    anchor: Tensor,
+    inv_temperature: Tensor,
+    chunk: Tensor | None,
+    coefs: tuple[Tensor, Tensor] | None,
+) -> Sums:
+    if head.deterministic:
+        return _score_blocks(x, head, targets, anchor, inv_temperature, chunk, coefs)
+    weight, n = head.weight, x.shape[0]
+    sums = torch.zeros(len(Sums._fields), n, dtype=torch.float64, device=x.device)
+    sums[4] = -torch.inf
+    for slab in _slabs(n, weight.shape[0]):
+        z = _product(x, weight[slab].T)
+        if head.bias is not None:
+            z += head.bias[slab]
+        z *= head.logit_scale
+        slope = None
+        if head.softcap is not None:
+            bent = torch.tanh(z / head.softcap)
+            z, slope = bent * head.softcap, 1 - bent * bent
+        z *= inv_temperature[:, None]
+        sums[3] += z.sum(-1)
+        d = z.sub_(anchor[:, None])
+        inside = ((targets >= slab.start) & (targets < slab.stop)).nonzero()[:, 0]
+        label = (inside, targets[inside] - slab.start)
+        d[label] = -torch.inf
+        sums[4] = torch.maximum(sums[4], d.amax(-1))
+        # held where exp would pass fp32's range: such a row is scored again with another anchor
+        e = d.clamp(max=80.0).exp_()
+        d.clamp_(min=-200.0)
+        sums[0] += e.sum(-1)
+        sums[1] += (e * d).sum(-1)
+        sums[2] += (e * e).sum(-1)
+        if chunk is not None:
+            if coefs is not None:
+                e *= d.mul_(coefs[1][:, None]).add_(coefs[0][:, None])
+            chunk[:, slab] = e if slope is None else e * slope
+    return Sums(*sums)
+
+
+def _score_blocks(
+    x: Tensor,
+    head: Head,
+    targets: Tensor,
+    anchor: Tensor,
+    inv_temperature: Tensor,
+    chunk: Tensor | None,
+    coefs: tuple[Tensor, Tensor] | None,
+) -> Sums:
+    """`score`, its rows in blocks of one size, the last one padded with copies of the last row."""
+    n, plain, parts = x.shape[0], head._replace(deterministic=False), []
+    for first in range(0, n, BLOCK):
+        index = torch.arange(first, first + BLOCK, device=x.device).clamp(max=n - 1)
+        block = None if chunk is None else new_chunk(BLOCK, head.weight)
+        some = None if coefs is None else (coefs[0][index], coefs[1][index])
+        sums = score(x[index], plain, targets[index], anchor[index], inv_temperature[index], block, some)
+        live = min(BLOCK, n - first)
+        parts.append(torch.stack(sums)[:, :live])
+        if chunk is not None and block is not None:
+            chunk[first : first + live] = block[:live]
+    return Sums(*torch.cat(parts, 1))
+
+
+def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
+    """(n, H): F W, in the accumulator's precision."""
+    out = torch.zeros(n, weight.shape[1], dtype=accumulator(weight.dtype), device=weight.device)
+    for slab in _slabs(max(n, weight.shape[1]), weight.shape[0]):
+        out += _product(chunk[:, slab], weight[slab].to(chunk.dtype))
+    return out
+
+
+def add_d_weight(chunk: Tensor, scaled: Tensor, out: Tensor) -> None:
+    """out (V, H) += F^T scaled."""
+    operand = scaled.to(chunk.dtype) if chunk.is_cuda else scaled
+    for slab in _slabs(max(scaled.shape), out.shape[0]):
+        out[slab] += _product(chunk[:, slab].T, operand) if chunk.is_cuda else chunk[:, slab].T.to(out.dtype) @ operand
+
+
+def add_d_bias(chunk: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out (V,) += F^T factor."""
+    for slab in _slabs(factor.numel(), out.numel()):
+        out[slab] += factor @ chunk[:, slab].to(factor.dtype)

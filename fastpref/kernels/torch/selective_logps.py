@@ -1,0 +1,94 @@
+"""Log-probabilities from logits in eager PyTorch, a block of rows at a time: no second copy of all logits in fp32."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**22  # of one fp32 temporary; about four live at once
+FAR = 27.0  # nats: a label further below the maximum is anchored there, or exp would leave fp32's range
+
+
+def selective_logps(
+    logits: Tensor,  # (M, V)
+    targets: Tensor,  # (M,)
+    index: Tensor,  # (K,) of the targets that count
+    inv_temperature: Tensor,  # (M,)
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, ...]:
+    """(M,) each: logps, entropy, log_sum_sq_probs, mean_logits, is_top1; zero at what is not in `index`."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    out = [torch.zeros(targets.shape, dtype=dtype, device=logits.device) for _ in range(4)]
+    top1 = torch.zeros(targets.shape, dtype=torch.bool, device=logits.device)
+    for part in _blocks(index, logits.shape[1]):
+        z, _ = _bend(logits[part].to(dtype), inv_temperature[part], softcap, logit_scale)
+        shift, e, d, e_y, rest = _anchored(z, targets[part])
+        total = e_y + rest
+        log_total = torch.where(shift == 0, torch.log1p(rest), total.log())
+        out[0][part] = -shift - log_total
+        out[1][part] = (log_total - ((e * d).sum(-1) - e_y * shift) / total).clamp(min=0)
+        out[2][part] = ((e * e).sum(-1) + e_y * e_y).log() - 2 * log_total
+        out[3][part] = z.mean(-1)
+        top1[part] = (d <= -shift[:, None]).all(-1)
+    return *out, top1
+
+
+def d_logits(
+    grad_logps: Tensor,  # (M,)
+    grad_entropy: Tensor | None,  # (M,)
+    logits: Tensor,
+    targets: Tensor,
+    index: Tensor,
+    inv_temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    logps: Tensor,  # (M,), as returned
+    entropy: Tensor,
+) -> Tensor:
+    """(M, V): g (1[v = y] - p_v) - h p_v (log p_v + entropy), through temperature, cap and scale."""
+    out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    for part in _blocks(index, logits.shape[1]):
+        z, slope = _bend(logits[part].to(logps.dtype), inv_temperature[part], softcap, logit_scale)
+        _, e, d, e_y, rest = _anchored(z, targets[part])
+        g, total = grad_logps[part], e_y + rest
+        if grad_entropy is None:
+            dz, at_label = e.mul_((-g / total)[:, None]), g * rest / total
+        else:
+            h, mean = grad_entropy[part], entropy[part]
+            dz = e.mul_(-(g + h * (mean - total.log()))[:, None] - h[:, None] * d).div_(total[:, None])
+            at_label = g * rest / total - h * (e_y / total) * (logps[part].clamp(min=-200.0) + mean)
+        dz.scatter_(1, targets[part][:, None], at_label[:, None])
+        if slope is not None:
+            dz *= slope
+        out[part] = dz.mul_((inv_temperature[part] * logit_scale)[:, None]).to(out.dtype)
+    return out
+
+
+def _blocks(index: Tensor, vocab_size: int) -> Iterator[Tensor]:
+    if index.numel():
+        yield from index.split(max(1, BLOCK_ELEMENTS // vocab_size))
+
+
+def _bend(
+    u: Tensor, inv_temperature: Tensor, softcap: float | None, logit_scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """(z, 1 - tanh^2 or None)."""
+    u *= logit_scale
+    slope = None
+    if softcap is not None:
+        bent = torch.tanh(u / softcap)
+        u, slope = bent * softcap, 1 - bent * bent
+    return u * inv_temperature[:, None], slope
+
+
+def _anchored(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(shift, e, d, e_y, rest): the anchor less z_y, e = exp(d) and d = z - anchor at v != y, e_y, and the sum of e."""
+    y = targets[:, None]
+    d = z - z.gather(1, y)
+    d.scatter_(1, y, -torch.inf)
+    highest = d.amax(-1)
+    shift = torch.where(highest > FAR, highest, 0.0)
+    d -= shift[:, None]
+    e = d.exp()
+    return shift, e, d.clamp_(min=-200.0), (-shift).exp(), e.sum(-1)

@@ -1,0 +1,106 @@
+"""What a loss is: a pure function of log-probabilities that says what its terms depend on.
+
+    @couples("pair")
+    def sigmoid(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor: ...   # (B,)
+
+Nothing is reduced, nothing is kept, nothing has a side effect. A loss's options are its own keywords: one given to a
+loss that does not own it is an error. `couples` tells the fused head which log-probs must be at hand together:
+"token", "sequence", "pair" (the term of pair i depends on pair i alone) or "batch". Undeclared means "batch".
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+COUPLINGS = ("token", "sequence", "pair", "batch")
+Loss = Callable[..., Tensor]
+F = TypeVar("F", bound=Loss)
+
+
+def couples(what: str) -> Callable[[F], F]:
+    """Declares what a term of the loss depends on."""
+    if what not in COUPLINGS:
+        raise ValueError(f"couples: must be one of {', '.join(COUPLINGS)}; got {what!r}")
+
+    def declare(loss: F) -> F:
+        loss.couples = what  # type: ignore[attr-defined]
+        return loss
+
+    return declare
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of a weighted sum, with its options bound."""
+
+    loss: Loss
+    weight: float
+    options: dict[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.weight * self.loss(*args, **kwargs, **self.options)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A weighted sum of losses."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def couples(self) -> str:
+        return max((getattr(term.loss, "couples", "batch") for term in self.terms), key=COUPLINGS.index)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        first, *others = (term(*args, **kwargs) for term in self.terms)
+        return sum(others, first)
+
+
+def resolve(
+    fn: str,
+    table: dict[str, Loss],
+    loss_type: str | Loss | Sequence[str | Loss],
+    loss_weights: Sequence[float] | None,
+    options: dict[str, Any],
+    given: tuple[str, ...] = ("beta",),
+) -> Terms:
+    """The losses that `loss_type` names, each with the options it owns; `given` are the keywords every loss gets.
+
+    Raises:
+        ValueError: an unknown loss, or weights that do not fit.
+        TypeError: an option that none of the losses owns.
+    """
+    wanted = [loss_type] if isinstance(loss_type, str) or callable(loss_type) else list(loss_type)
+    if not wanted:
+        raise ValueError(f"{fn}: loss_type must name at least one loss; got an empty list")
+    weights = [1.0] * len(wanted) if loss_weights is None else list(loss_weights)
+    if len(weights) != len(wanted):
+        raise ValueError(f"{fn}: loss_weights must have one weight for each loss, {len(wanted)}; got {len(weights)}")
+    losses = [_look_up(fn, table, one) for one in wanted]
+    owned = [_options(loss, given) for loss in losses]
+    unknown = sorted(set(options) - {name for names in owned for name in names})
+    if unknown:
+        named = ", ".join(getattr(loss, "__name__", repr(loss)) for loss in losses)
+        allowed = sorted({name for names in owned for name in names}) or ["none"]
+        raise TypeError(f"{fn}: {unknown[0]!r} is no option of {named}, whose options are: {', '.join(allowed)}")
+    bound = [{name: options[name] for name in names if name in options} for names in owned]
+    return Terms(tuple(map(Term, losses, weights, bound)))
+
+
+def _look_up(fn: str, table: dict[str, Loss], loss: str | Loss) -> Loss:
+    if callable(loss):
+        return loss
+    if loss not in table:
+        near = difflib.get_close_matches(str(loss), table, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{fn}: loss_type must be a function or one of {', '.join(table)}; got {loss!r}{hint}")
+    return table[loss]
+
+
+def _options(loss: Loss, given: tuple[str, ...]) -> list[str]:
+    parameters = inspect.signature(loss).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given]

@@ -1,0 +1,83 @@
+"""Checks of a public function's arguments: each raises `function: argument wanted ...; got ...`.
+
+`fn` is the name of the function the user called; tensors come as keywords, named as the user names them,
+and None stands for an optional argument that was not given.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def tensors(fn: str, **arguments: Tensor | None) -> None:
+    """Each argument is a tensor."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{fn}: {name} must be a tensor; got {type(value).__name__}")
+
+
+def same_shape(fn: str, **arguments: Tensor | None) -> None:
+    """Each argument has the shape of the first."""
+    (first, wanted), *others = _given(arguments)
+    for name, value in others:
+        if value.shape != wanted.shape:
+            raise ValueError(f"{fn}: {name} must have the shape of {first}, {_shape(wanted)}; got {_shape(value)}")
+
+
+def same_device(fn: str, **arguments: Tensor | None) -> None:
+    """Each argument is on the device of the first."""
+    (first, wanted), *others = _given(arguments)
+    for name, value in others:
+        if value.device != wanted.device:
+            raise ValueError(f"{fn}: {name} must be on the device of {first}, {wanted.device}; got {value.device}")
+
+
+def same_dtype(fn: str, **arguments: Tensor | None) -> None:
+    """Each argument has the dtype of the first."""
+    (first, wanted), *others = _given(arguments)
+    for name, value in others:
+        if value.dtype != wanted.dtype:
+            raise TypeError(f"{fn}: {name} must have the dtype of {first}, {_dtype(wanted)}; got {_dtype(value)}")
+
+
+def floating(fn: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **arguments: Tensor | None) -> None:
+    """Each argument has one of `dtypes`."""
+    for name, value in _given(arguments):
+        if value.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise TypeError(f"{fn}: {name} must be one of {names}; got {_dtype(value)}")
+
+
+def integer(fn: str, **arguments: Tensor | None) -> None:
+    """Each argument has an integer dtype."""
+    for name, value in _given(arguments):
+        if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{fn}: {name} must be integers; got {_dtype(value)}")
+
+
+def rank(fn: str, wanted: tuple[int, ...], **arguments: Tensor | None) -> None:
+    """Each argument has one of these numbers of dimensions."""
+    for name, value in _given(arguments):
+        if value.dim() not in wanted:
+            ranks = " or ".join(map(str, wanted))
+            raise ValueError(f"{fn}: {name} must have {ranks} dimensions; got shape {_shape(value)}")
+
+
+def between(fn: str, low: float, high: float, **arguments: float) -> None:
+    """low <= argument <= high; NaN is not."""
+    for name, value in arguments.items():
+        if not low <= value <= high:
+            raise ValueError(f"{fn}: {name} must be in [{low}, {high}]; got {value}")
+
+
+def _given(arguments: dict[str, Tensor | None]) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in arguments.items() if value is not None]
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,199 @@
+"""The arguments that every function of the linear head takes, checked once and laid flat."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastpref.kernels.head import MIB, default_workspace
+from fastpref.ops import _check
+
+F = TypeVar("F", bound=Callable[..., Any])
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+BACKENDS = ("reference", "torch", "cpu")
+
+
+class FlatHead(NamedTuple):
+    """R rows of hidden, M targets."""
+
+    hidden: Tensor  # (R, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (M,) int64
+    rows: Tensor | None  # (M,) int64
+    inv_temperature: Tensor  # (M,) fp32, fp64 for fp64 inputs
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    workspace: int
+    deterministic: bool
+    check_finite: bool
+    backend: str | None
+
+
+def flatten(
+    fn: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    workspace: int | None = None,
+    deterministic: bool = False,
+    check_finite: bool = False,
+    backend: str | None = None,
+) -> FlatHead:
+    """The call laid flat: shapes, dtypes, devices and options checked; values are checked where the rows are read."""
+    _check.tensors(fn, hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows, cu_seqlens=cu_seqlens)
+    _refuse_sharded(fn, weight=weight, bias=bias)
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{fn}: backend must be None or one of {', '.join(BACKENDS)}; got {backend!r}")
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+
+    _check.rank(fn, (2, 3), hidden=hidden)
+    _check.rank(fn, (2,), weight=weight)
+    _check.rank(fn, (1,), bias=bias, rows=rows, cu_seqlens=cu_seqlens)
+    eager = backend in ("reference", "torch")
+    _check.floating(fn, (*_check.FLOATS, *((torch.float64,) if eager else ())), hidden=hidden)
+    _check.same_dtype(fn, hidden=hidden, weight=weight, bias=bias)
+    _check.same_device(fn, hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows, cu_seqlens=cu_seqlens)
+    vocab_size, hidden_size = weight.shape
+    if hidden.shape[-1] != hidden_size:
+        raise ValueError(
+            f"{fn}: weight must be (V, {hidden.shape[-1]}), as hidden is (..., H); got {tuple(weight.shape)}"
+        )
+    if vocab_size == 0:
+        raise ValueError(f"{fn}: weight must have at least one row; got {tuple(weight.shape)}")
+    if bias is not None and bias.shape[0] != vocab_size:
+        raise ValueError(f"{fn}: bias must be ({vocab_size},), the rows of weight; got {tuple(bias.shape)}")
+    _check.integer(fn, targets=targets, rows=rows, cu_seqlens=cu_seqlens)
+    _check_layout(fn, hidden, targets, rows, cu_seqlens)
+
+    check_bending(fn, softcap, logit_scale)
+    if workspace is None:
+        workspace = default_workspace(hidden.device)
+    elif workspace < MIB:
+        raise ValueError(f"{fn}: workspace is in bytes and must be at least 1 MiB; got {workspace}")
+    return FlatHead(
+        hidden.reshape(-1, hidden_size),
+        weight,
+        bias,
+        targets.reshape(-1).long(),
+        None if rows is None else rows.long(),
+        inverse(fn, temperature, hidden, targets),
+        softcap,
+        logit_scale,
+        ignore_index,
+        workspace,
+        deterministic,
+        check_finite,
+        backend,
+    )
+
+
+OPTIONS = tuple(name for name, p in inspect.signature(flatten).parameters.items() if p.kind is p.KEYWORD_ONLY)
+
+
+def _refuse_sharded(fn: str, **arguments: Tensor | None) -> None:
+    for name, value in arguments.items():
+        if value is not None and type(value).__name__ == "DTensor":
+            raise ValueError(
+                f"{fn}: {name} must be whole; got a DTensor. Call this inside the model's forward, where the head is: "
+                "model = fastpref.fused_lm_head(model), then model(..., head=fn)"
+            )
+
+
+def _check_layout(fn: str, hidden: Tensor, targets: Tensor, rows: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    shape = tuple(hidden.shape)
+    if rows is not None:
+        if hidden.dim() != 2:
+            raise ValueError(f"{fn}: rows wants packed hidden (N, H); got {shape}")
+        if targets.shape != rows.shape:
+            raise ValueError(
+                f"{fn}: targets must have the shape of rows, {tuple(rows.shape)}; got {tuple(targets.shape)}"
+            )
+    elif targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"{fn}: targets must be {shape[:-1]}, as hidden is {shape}; got {tuple(targets.shape)}")
+    if cu_seqlens is not None:
+        if hidden.dim() != 2:
+            raise ValueError(f"{fn}: cu_seqlens wants packed hidden (N, H); got {shape}")
+        if cu_seqlens.numel() == 0:
+            raise ValueError(f"{fn}: cu_seqlens must be (S + 1,), starting with 0; got an empty tensor")
+
+
+def without_autocast(f: F) -> F:
+    """f, which computes in the dtypes it is given: inside an op autocast would narrow its matrix products."""
+
+    @functools.wraps(f)
+    def run(*args: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return f(*args)
+
+    return run  # type: ignore[return-value]
+
+
+def check_bending(fn: str, softcap: float | None, logit_scale: float) -> None:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{fn}: softcap must be > 0 and finite, or None; got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"{fn}: logit_scale must be finite; got {logit_scale}")
+
+
+def inverse(fn: str, temperature: float | Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(M,) 1 / temperature, in the accumulator's dtype."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if isinstance(temperature, Tensor):
+        if temperature.shape not in ((), targets.shape):
+            raise ValueError(
+                f"{fn}: temperature must be a number or have the shape of targets, {tuple(targets.shape)}; "
+                f"got {tuple(temperature.shape)}"
+            )
+        _check.same_device(fn, hidden=hidden, temperature=temperature)
+        return (1 / temperature.detach().to(dtype)).expand(targets.shape).reshape(-1)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{fn}: temperature must be > 0 and finite; got {temperature}")
+    return torch.full((targets.numel(),), 1 / temperature, dtype=dtype, device=hidden.device)
+
+
+def kept_index(
+    fn: str,
+    name: str,
+    hidden: Tensor,
+    vocab_size: int,
+    targets: Tensor,
+    rows: Tensor | None,
+    inv_temperature: Tensor,
+    ignore_index: int,
+    check_finite: bool,
+) -> Tensor:
+    """Index of the targets that are not ignored. On CUDA values are looked at only with check_finite: it waits."""
+    index = (targets != ignore_index).nonzero()[:, 0]
+    if index.numel() and (check_finite or not targets.is_cuda):
+        y = targets[index]
+        if int(y.min()) < 0 or int(y.max()) >= vocab_size:
+            bad = y[(y < 0) | (y >= vocab_size)][0]
+            raise ValueError(f"{fn}: targets must be in [0, {vocab_size}) or {ignore_index} (ignored); got {int(bad)}")
+        row = index if rows is None else rows[index]
+        if int(row.min()) < 0 or int(row.max()) >= hidden.shape[0]:
+            got = f"{int(row.min())} to {int(row.max())}"
+            raise ValueError(f"{fn}: rows must be in [0, {hidden.shape[0]}), the rows of hidden; got {got}")
+        scale = inv_temperature[index]
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise ValueError(f"{fn}: temperature must be > 0 and finite at every live target")
+        if check_finite and not bool(hidden[row].isfinite().all()):
+            raise ValueError(f"{fn}: {name} must be finite at every live target; got NaN or infinity")
+    return index

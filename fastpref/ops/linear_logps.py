@@ -1,0 +1,269 @@
+"""Per-token log-probabilities of a linear head as a differentiable op, without the logits."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref import kernels
+from fastpref.kernels import head as driver
+from fastpref.kernels.reference.linear_logps import linear_logps as reference
+from fastpref.ops import _head
+from fastpref.ops._once import once_differentiable
+
+SCORE_TOKENS = 4096  # rows of one pass that stores no chunk
+
+
+class LogPs(NamedTuple):
+    """Shaped like targets, float32; 0 where the target is ignored. None: not asked for."""
+
+    logps: Tensor
+    entropy: Tensor | None = None  # of the whole distribution, nats; differentiable, as logps is
+    log_sum_sq_probs: Tensor | None = None  # log sum_v p_v^2
+    mean_logits: Tensor | None = None  # mean over v of the logits as used: scaled, capped, over the temperature
+    is_top1: Tensor | None = None  # bool: no logit is above the target's
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] | list[str] | set[str] = (),
+    rows: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    workspace: int | None = None,
+    deterministic: bool = False,
+    check_finite: bool = False,
+    backend: str | None = None,
+) -> Tensor | LogPs:
+    """log softmax(z)[target] of each token: u = logit_scale (x . w + bias), z = softcap tanh(u / softcap) / T.
+
+    The (N, V) logits never exist: a chunk of rows at a time, in fp32, at most `workspace` bytes.
+
+    Args:
+        hidden: (B, T, H), or packed (N, H); bfloat16, float16 or float32 (float64: backend "reference" or "torch").
+            Row t predicts target t: shift before the call.
+        weight: (V, H), as in nn.Linear; the dtype of hidden. Under autocast both are read in its dtype.
+        targets: (B, T) or (N,), integers in [0, V). At `ignore_index` nothing is computed, hidden is not read
+            (NaN allowed), the result is 0 and so is the gradient.
+        bias: (V,).
+        temperature: a number, or one per token, shaped like targets. No gradient.
+        softcap: as in Gemma 2; None: off.
+        outputs: any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
+        rows: (M,) the row of packed hidden that predicts each of M targets: one row may serve several.
+        cu_seqlens: (S + 1,) bounds of S sequences among the targets. No effect here; accepted as a head option.
+        workspace: bytes for the buffers of a chunk. None: 256 MiB on CPU, 1/32 of the memory of a GPU.
+        deterministic: fixed GEMM blocks on the torch backend; the C++ kernels always have them.
+        check_finite: refuse NaN or infinite hidden, and on CUDA check targets (this waits for the device).
+        backend: "cpu", "torch" or "reference"; None: the fastest here.
+    Returns:
+        logps shaped like targets, float32; with `outputs` a LogPs. Differentiable once in hidden, weight and bias;
+        a second derivative raises.
+    Raises:
+        ValueError: shapes, devices or options do not fit, a target is out of range, or weight is a DTensor.
+        TypeError: dtypes differ or are not supported.
+    """
+    unknown = [name for name in outputs if name not in _head.OUTPUTS]
+    if unknown:
+        raise ValueError(f"linear_logps: outputs must be among {', '.join(_head.OUTPUTS)}; got {unknown[0]!r}")
+    flat = _head.flatten(
+        "linear_logps",
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        rows=rows,
+        cu_seqlens=cu_seqlens,
+        workspace=workspace,
+        deterministic=deterministic,
+        check_finite=check_finite,
+        backend=backend,
+    )
+    found = token_outputs("linear_logps", flat)
+    wanted = {name: found[name].reshape(targets.shape) for name in ("logps", *outputs)}
+    return LogPs(**wanted) if outputs else wanted["logps"]
+
+
+def token_outputs(fn: str, flat: _head.FlatHead) -> dict[str, Tensor]:
+    """(M,) each: logps and every extra output."""
+    if flat.backend == "reference":
+        _kept(fn, *flat[:2], *flat[3:6], flat.ignore_index, flat.check_finite)
+        with torch.autocast(flat.hidden.device.type, enabled=False):
+            return reference(*flat[:9])
+    differentiable = torch.is_grad_enabled()
+    unit = differentiable and flat.hidden.requires_grad and not flat.weight.requires_grad
+    unit = unit and not (flat.bias is not None and flat.bias.requires_grad)
+    return dict(zip(("logps", *_head.OUTPUTS), _op(fn, *flat, unit)[:5], strict=True))
+
+
+def _kept(fn: str, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _head.kept_index(fn, "hidden", hidden, weight.shape[0], *rest)
+
+
+@torch.library.custom_op("fastpref::linear_logps", mutates_args=())
+@_head.without_autocast
+def _op(
+    fn: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    inv_temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    workspace: int,
+    deterministic: bool,
+    check_finite: bool,
+    backend: str | None,
+    unit_d_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, the extra outputs, (3, M) what a backward needs, and dlogp/dhidden (M, H) if asked for, else (0, H)."""
+    run = kernels.choose("head", hidden.device.type, backend)
+    head = driver.Head(weight, bias, softcap, logit_scale, deterministic)
+    problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
+    index = _kept(fn, hidden, weight, targets, rows, inv_temperature, ignore_index, check_finite)
+    dtype = driver.accumulator(hidden.dtype)
+    out = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
+    top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
+    state = hidden.new_zeros((3, targets.numel()), dtype=dtype)
+    unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
+    stored = driver.chunk_tokens(weight.shape[1], weight.shape[0], weight.dtype, workspace)
+    for part in driver.split(index, stored if unit_d_hidden else SCORE_TOKENS):
+        rows_here = problem.gather(part)
+        chunk = run.new_chunk(part.numel(), weight) if unit_d_hidden else None
+        scores = driver.score(run, head, rows_here, chunk)
+        for full, some in zip((*out, top1), scores[3:], strict=True):
+            full[part] = some
+        state[:, part] = torch.stack(scores[:3])
+        if chunk is not None:
+            alone = driver.Problem(rows_here.x, head, rows_here.targets, None, rows_here.inv_temperature)
+            gradients = driver.Gradients.zeros(alone, True, False, False)
+            ones = driver.Upstream(torch.ones_like(scores.logps), None)
+            gradients.add(run, alone, torch.arange(part.numel(), device=part.device), scores, ones, chunk)
+            unit[part] = gradients.hidden  # type: ignore[assignment]
+    return *out, top1, state, unit  # type: ignore[return-value]
+
+
+@_op.register_fake
+def _(fn: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, unit_d_hidden = driver.accumulator(hidden.dtype), rest[-1]
+    out = [hidden.new_empty(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
+    top1 = hidden.new_empty(targets.shape, dtype=torch.bool)
+    state = hidden.new_empty((3, targets.shape[0]), dtype=dtype)
+    return *out, top1, state, hidden.new_empty((targets.shape[0] if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, hidden, weight, bias, targets, rows, inv_temperature, *ctx.options, unit_d_hidden = inputs
+    logps, entropy, *_, state, unit = output
+    ctx.unit_d_hidden = unit_d_hidden
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, targets, rows, inv_temperature, logps, entropy, state, unit)
+
+
+@once_differentiable
+def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    hidden, weight, bias, targets, rows, inv_temperature, logps, entropy, state, unit = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (1, 2, 3)]
+    if grad_logps is None and grad_entropy is None:
+        return (None,) * 15
+    if grad_logps is None:
+        grad_logps = torch.zeros_like(logps)
+    if ctx.unit_d_hidden and grad_entropy is None:
+        d_hidden = _scale_unit(unit, grad_logps, rows, hidden)
+        return (None, d_hidden, *(None,) * 13)
+    found = _backward_op(
+        grad_logps,
+        grad_entropy,
+        hidden,
+        weight,
+        bias,
+        targets,
+        rows,
+        inv_temperature,
+        logps,
+        entropy,
+        state,
+        *ctx.options,
+        wanted,
+    )
+    return (
+        None,
+        *(gradient if needed else None for gradient, needed in zip(found, wanted, strict=True)),
+        *(None,) * 11,
+    )
+
+
+def _scale_unit(unit: Tensor, grad_logps: Tensor, rows: Tensor | None, hidden: Tensor) -> Tensor:
+    """dL/dhidden: the rows of dlogp/dhidden scaled, and added up where one row of hidden serves several targets."""
+    scaled = unit * grad_logps[:, None]
+    if rows is not None:
+        scaled = torch.zeros(hidden.shape, dtype=unit.dtype, device=unit.device).index_add_(0, rows, scaled)
+    return scaled.to(hidden.dtype)
+
+
+@torch.library.custom_op("fastpref::linear_logps_backward", mutates_args=())
+@_head.without_autocast
+def _backward_op(
+    grad_logps: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    inv_temperature: Tensor,
+    logps: Tensor,
+    entropy: Tensor,
+    state: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    workspace: int,
+    deterministic: bool,
+    check_finite: bool,
+    backend: str | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; empty where not wanted."""
+    run = kernels.choose("head", hidden.device.type, backend)
+    problem = driver.Problem(
+        hidden, driver.Head(weight, bias, softcap, logit_scale, deterministic), targets, rows, inv_temperature
+    )
+    index = (targets != ignore_index).nonzero()[:, 0]
+    unused = logps.new_empty(0).expand(index.numel(), 0)
+    anchor, label_d, rest = state[:, index]
+    scores = driver.Scores(anchor, label_d, rest, logps[index], entropy[index], unused, unused, unused)
+    upstream = driver.Upstream(grad_logps[index], None if grad_entropy is None else grad_entropy[index])
+    gradients = driver.Gradients.zeros(problem, *wanted)
+    driver.backward(run, problem, index, scores, upstream, gradients, workspace)
+    return tuple(  # type: ignore[return-value]
+        hidden.new_empty(0) if gradient is None else gradient.to(hidden.dtype)
+        for gradient in (gradients.hidden, gradients.weight, gradients.bias)
+    )
+
+
+@_backward_op.register_fake
+def _(
+    grad_logps: Tensor, grad_entropy: Any, hidden: Tensor, weight: Tensor, bias: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else hidden.new_empty(0)
+        for x, needed in zip((hidden, weight, bias), rest[-1], strict=True)
+    )
+
+
+_op.register_autograd(_backward, setup_context=_save)
