@@ -22,7 +22,7 @@ __device__ __forceinline__ float apply(Affine map, float g) {
 }
 
 __device__ __forceinline__ Affine then(Affine first, Affine second) {
-  return {second.slope == 0.0f ? 0.0f : first.slope * second.slope, apply(second, first.offset)};
+  return {first.slope * second.slope, apply(second, first.offset)};
 }
 
 __device__ __forceinline__ Affine inclusive_scan_of_warp(Affine map, int lane) {

@@ -22,7 +22,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int VL = 16, MR = 8, NRV = 3;
 #elif defined(__AVX2__)
-constexpr int VL = 8, MR = 4, NRV = 3;
+constexpr int VL = 8, MR = 6, NRV = 2;
 #else
 constexpr int VL = 4, MR = 4, NRV = 2;
 #endif

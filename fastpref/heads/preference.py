@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ FN = "linear_preference_loss"
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@dataclass(frozen=True)
-class PreferenceOutput:
-    """All float32. `loss` and the logps are differentiable, rewards and metrics are detached."""
+class PreferenceOutput(NamedTuple):
+    """All float32. `loss` and the logps are differentiable, rewards and metrics are detached.
+
+    A tuple, so that FSDP2 and DDP find the tensors in what a model's forward returns.
+    """
 
     loss: Tensor  # (), or (B,) with reduction="none"
     chosen_logps: Tensor  # (B,) summed over completion tokens, nats

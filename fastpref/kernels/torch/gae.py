@@ -34,7 +34,7 @@ def gae(
         near, far = slope[:, :-distance], slope[:, distance:]
         reached = torch.where(near == 0, offset[:, :-distance], offset[:, :-distance] + near * offset[:, distance:])
         offset = torch.cat((reached, offset[:, -distance:]), dim=1)
-        slope = torch.cat((torch.where(near == 0, 0.0, near * far), slope[:, -distance:]), dim=1)
+        slope = torch.cat((near * far, slope[:, -distance:]), dim=1)
         distance *= 2
 
     later = torch.where(terminal, 0.0, gamma * offset[:, 1:])
