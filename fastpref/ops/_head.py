@@ -92,7 +92,8 @@ def flatten(
         weight,
         bias,
         targets.reshape(-1).long(),
-        None if rows is None else rows.long(),
+        # where the target is ignored its row is not read, whatever stands there
+        None if rows is None else rows.long().where(targets != ignore_index, 0),
         inverse(fn, temperature, hidden, targets),
         softcap,
         logit_scale,

@@ -1,0 +1,317 @@
+"""gae against an independent recursion, and the float64 reference within eager's own error; gae.cu emulated."""
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpref
+from fastpref import gae, kernels
+from fastpref.kernels.reference import gae as reference
+
+ROOT = Path(__file__).parents[1]
+SHAPES = [(1, 1), (3, 7), (2, 256), (3, 257), (5, 1025)]  # one, odd, a CUDA block's steps, one past it, one past four
+BACKENDS = [name for name in ("torch", "cpu") if kernels.why_not(name) is None]
+DISCOUNTS = {"gamma": 0.99, "lam": 0.95}
+
+
+def inputs(shape, dtype=torch.float32, seed=0):
+    """gae's arguments; what stands at masked steps is NaN, and a third of them are masked, inside the rows too."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, *shape, generator=generator).to(dtype)
+    mask = torch.rand(shape, generator=generator) > 0.3
+    rewards[~mask] = values[~mask] = float("nan")
+    return {
+        "rewards": rewards,
+        "values": values,
+        "mask": mask,
+        "dones": torch.rand(shape, generator=generator) < 0.1,
+        "bootstrap": torch.randn(shape[:-1], generator=generator).to(dtype),
+    }
+
+
+def run(function, args, dtype=None, gamma=0.99, lam=0.95):
+    """A backend's own function, which takes its arguments by position."""
+    floats = ("rewards", "values", "bootstrap")
+    cast = {name: x.to(dtype) if dtype and name in floats else x for name, x in args.items()}
+    return function(*cast.values(), gamma, lam)
+
+
+def oracle(args, gamma, lam):
+    """The recursion on Python's floats, over what is left of each row when its masked steps are cut out."""
+    results = torch.zeros(2, *args["rewards"].shape, dtype=torch.float64)
+    for row, mask in enumerate(args["mask"].tolist()):
+        next_value, next_advantage = float(args["bootstrap"][row]), 0.0
+        for t in [t for t, live in enumerate(mask) if live][::-1]:
+            going = 0.0 if args["dones"][row, t] else 1.0
+            reward, value = float(args["rewards"][row, t]), float(args["values"][row, t])
+            delta = reward + gamma * going * next_value - value
+            next_advantage = delta + gamma * lam * going * next_advantage
+            next_value = value
+            results[:, row, t] = torch.tensor([next_advantage, next_advantage + value])
+    return results
+
+
+def assert_no_worse(actual, eager, truth, factor=2.0):
+    error, allowed = (actual.double() - truth).abs().max(), factor * (eager.double() - truth).abs().max()
+    ulp = torch.finfo(actual.dtype).eps * truth.abs().max()
+    assert error <= allowed + ulp, f"error {error:.1e} > {factor} x eager's + 1 ulp = {allowed + ulp:.1e}"
+
+
+def check(function, args):
+    truth = run(reference.gae, args, torch.float64)
+    eager = run(reference.gae, args, torch.float32)
+    for got, e, t in zip(run(function, args), eager, truth, strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got[~args["mask"]], torch.zeros_like(got[~args["mask"]]))
+        assert_no_worse(got, e, t)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (1.0, 1.0), (0.0, 0.5), (0.9, 0.0)])
+def test_reference_is_the_recursion_of_the_paper(gamma, lam):
+    args = inputs((4, 23), torch.float64)
+    torch.testing.assert_close(torch.stack(run(reference.gae, args, None, gamma, lam)), oracle(args, gamma, lam))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_worse_than_eager(shape, dtype, backend):
+    check(kernels.choose("gae", "cpu", backend).gae, inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("absent", ["mask", "dones", "bootstrap"])
+def test_an_argument_left_out_is_its_neutral_value(absent):
+    neutral = {"mask": torch.ones(3, 50), "dones": torch.zeros(3, 50), "bootstrap": torch.zeros(3)}
+    args = inputs((3, 50))
+    args["rewards"], args["values"] = args["rewards"].nan_to_num(), args["values"].nan_to_num()
+    with_it = gae(**{**args, absent: neutral[absent]}, **DISCOUNTS)
+    without = gae(**{name: x for name, x in args.items() if name != absent}, **DISCOUNTS)
+    torch.testing.assert_close(with_it, without, rtol=0, atol=0)
+    left_out = {**args, absent: None}
+    for backend in ("reference", *BACKENDS):
+        torch.testing.assert_close(run(kernels.choose("gae", "cpu", backend).gae, left_out), without)
+
+
+def test_strided_views_and_masks_of_any_dtype():
+    args = inputs((6, 40))
+    wanted = gae(**args, **DISCOUNTS)
+    views = {name: torch.repeat_interleave(x, 3, dim=-1)[..., ::3] for name, x in args.items()}
+    assert not views["rewards"].is_contiguous()
+    views["mask"], views["dones"] = views["mask"].float() * 0.5, views["dones"].long() * 7
+    torch.testing.assert_close(gae(**views, **DISCOUNTS), wanted, rtol=0, atol=0)
+    transposed = {name: x.t().contiguous().t() if x.dim() == 2 else x for name, x in args.items()}
+    torch.testing.assert_close(gae(**transposed, **DISCOUNTS), wanted, rtol=0, atol=0)
+
+
+def test_one_row_without_a_batch():
+    args = inputs((2, 9))
+    advantages, returns = gae(**{name: x[1] for name, x in args.items()}, **DISCOUNTS)
+    torch.testing.assert_close((advantages, returns), tuple(x[1] for x in gae(**args, **DISCOUNTS)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (0,)])
+@pytest.mark.parametrize("whiten", [False, True])
+def test_empty(shape, whiten):
+    args = inputs(shape)
+    for result in gae(**args, whiten=whiten):
+        assert result.shape == shape and result.dtype == torch.float32
+    if len(shape) == 2:
+        for backend in ("reference", *BACKENDS):
+            assert [x.shape for x in run(kernels.choose("gae", "cpu", backend).gae, args)] == [shape, shape]
+
+
+def test_undiscounted_advantage_is_the_reward_to_go_less_the_value():
+    args = inputs((4, 60))
+    rewards, values = args["rewards"].nan_to_num(), args["values"].nan_to_num()
+    advantages, returns = gae(rewards, values, gamma=1.0, lam=1.0)
+    to_go = rewards.double().flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(advantages.double(), to_go - values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(returns.double(), to_go, rtol=0, atol=1e-5)
+
+
+def test_masked_steps_are_passed_over():
+    args = inputs((1, 64))
+    live = args["mask"][0]
+    short = {name: x[:, live] if x.dim() == 2 else x for name, x in args.items()}
+    for whole, cut in zip(gae(**args, **DISCOUNTS), gae(**short, **DISCOUNTS), strict=True):
+        torch.testing.assert_close(whole[:, live], cut, rtol=0, atol=0)
+
+
+def test_nothing_crosses_a_terminal_step():
+    args = inputs((2, 300))
+    args["mask"][:, :150], args["dones"][:, 149] = True, True
+    args["rewards"][:, :150] = args["values"][:, :150] = 1.0
+    wanted = gae(**args, **DISCOUNTS)
+    args["rewards"][:, 150:], args["bootstrap"][:] = float("nan"), float("inf")
+    args["mask"][:, 150:] = True
+    for backend in ("reference", *BACKENDS):
+        for got, expected in zip(run(kernels.choose("gae", "cpu", backend).gae, args), wanted, strict=True):
+            torch.testing.assert_close(got[:, :150], expected[:, :150])
+            assert got[:, 299].isnan().all()
+
+
+def test_same_bits_whatever_the_other_rows_and_threads():
+    args = inputs((9, 200))
+    wanted = gae(**args, **DISCOUNTS)
+    threads = torch.get_num_threads()
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            torch.testing.assert_close(gae(**args, **DISCOUNTS), wanted, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)
+    alone = gae(**{name: x[4:5] for name, x in args.items()}, **DISCOUNTS)
+    torch.testing.assert_close(alone, tuple(x[4:5] for x in wanted), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_whitened_advantages(masked):
+    args = inputs((5, 40), seed=3)
+    if not masked:
+        args["rewards"], args["values"] = args["rewards"].nan_to_num(), args["values"].nan_to_num()
+        args["mask"] = None
+    plain, returns = gae(**args, **DISCOUNTS)
+    whitened, same_returns = gae(**args, **DISCOUNTS, whiten=True)
+    live = torch.ones_like(plain, dtype=torch.bool) if args["mask"] is None else args["mask"]
+    truth = plain[live].double()
+    truth = (truth - truth.mean()) / (truth.var(unbiased=True) + 1e-8).sqrt()
+    torch.testing.assert_close(whitened[live].double(), truth, rtol=1e-5, atol=1e-5)
+    assert (whitened[~live] == 0).all()
+    assert torch.equal(returns, same_returns)
+
+
+@pytest.mark.parametrize("n_live", [0, 1])
+def test_whitening_too_few_live_steps_is_zero_not_nan(n_live):
+    args = inputs((2, 6))
+    args["mask"][:] = False
+    args["mask"].view(-1)[:n_live] = True
+    args["rewards"].view(-1)[:n_live] = args["values"].view(-1)[:n_live] = 2.0
+    assert torch.equal(gae(**args, whiten=True)[0], torch.zeros(2, 6))
+
+
+def test_results_are_not_differentiable():
+    args = inputs((2, 6))
+    args["rewards"], args["values"] = args["rewards"].requires_grad_(), args["values"].requires_grad_()
+    for whiten in (False, True):
+        assert [x.requires_grad for x in gae(**args, whiten=whiten)] == [False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck(dtype):
+    args = {name: x.nan_to_num() for name, x in inputs((3, 8), dtype).items()}
+    for absent in (None, "mask", "bootstrap"):
+        torch.library.opcheck(
+            torch.ops.fastpref.gae.default, [*{**args, **({absent: None} if absent else {})}.values(), 0.99, 0.95]
+        )
+
+
+def test_compiles_into_one_graph():
+    args = inputs((3, 8))
+    compiled = torch.compile(gae, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**args, whiten=True), gae(**args, whiten=True), rtol=0, atol=1e-6)
+
+
+ROW = torch.zeros(4, 8)
+REFUSED = {
+    "rewards must be a tensor; got list": {"rewards": [0.0]},
+    "rewards must be one of bfloat16, float16, float32; got int64": {"rewards": ROW.long()},
+    "rewards must be one of bfloat16, float16, float32; got float64": {"rewards": ROW.double()},
+    r"rewards must have 1 or 2 dimensions; got shape \(\)": {"rewards": ROW[0, 0]},
+    r"values must have the shape of rewards, \(4, 8\); got \(4, 9\)": {"values": torch.zeros(4, 9)},
+    r"mask must have the shape of rewards, \(4, 8\); got \(8, 4\)": {"mask": torch.ones(8, 4)},
+    r"dones must have the shape of rewards, \(4, 8\); got \(4,\)": {"dones": torch.ones(4)},
+    "values must have the dtype of rewards, float32; got bfloat16": {"values": ROW.bfloat16()},
+    "bootstrap must have the dtype of rewards, float32; got int64": {"bootstrap": torch.zeros(4).long()},
+    r"bootstrap must have the shape of rewards less the last dimension, \(4,\); got \(4, 1\)": {
+        "bootstrap": ROW[:, :1]
+    },
+    "values must be on the device of rewards, cpu; got meta": {"values": ROW.to("meta")},
+    r"gamma must be in \[0, 1\]; got 1.5": {"gamma": 1.5},
+    r"gamma must be in \[0, 1\]; got nan": {"gamma": float("nan")},
+    r"lam must be in \[0, 1\]; got -0.1": {"lam": -0.1},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refuses(message):
+    with pytest.raises((TypeError, ValueError), match=f"^gae: {message}$"):
+        gae(**{"rewards": ROW, "values": ROW, **REFUSED[message]})
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """fastpref._cuda, its kernels compiled for the CPU by tests/cuda_emu."""
+    cxx = shutil.which("g++")
+    if cxx is None:
+        pytest.skip("needs g++")
+    import pybind11
+
+    library = tmp_path_factory.mktemp("emulated") / "_cuda.so"
+    includes = [ROOT / "tests" / "cuda_emu", sysconfig.get_paths()["include"], pybind11.get_include()]
+    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    sources = [ROOT / "csrc" / "bind_cuda.cpp", "-x", "c++", ROOT / "csrc" / "gae.cu"]
+    subprocess.run([cxx, *flags, *map(str, sources), "-o", str(library)], check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def launch(rewards, values, mask, dones, bootstrap, gamma, lam):
+        results = torch.empty_like(rewards), torch.empty_like(rewards)
+        tensors = (rewards, values, mask, dones, bootstrap, *results)
+        module.gae(*(0 if x is None else x.data_ptr() for x in tensors), *rewards.shape, gamma, lam, 0)
+        return results
+
+    return launch
+
+
+@pytest.mark.parametrize("reverse", ["0", "1"])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (3, 0)])
+def test_cuda_kernel_under_the_emulator(emulated, monkeypatch, shape, reverse):
+    monkeypatch.setenv("CUDA_EMU_REVERSE", reverse)
+    args = inputs(shape)
+    if 0 in shape:
+        assert [x.shape for x in run(emulated, args)] == [shape, shape]
+        return
+    check(emulated, args)
+    left_out = {**args, "dones": None, "bootstrap": None}
+    torch.testing.assert_close(run(emulated, left_out), run(reference.gae, left_out))
+    all_live = {**args, "rewards": args["rewards"].nan_to_num(), "values": args["values"].nan_to_num(), "mask": None}
+    torch.testing.assert_close(run(emulated, all_live), run(reference.gae, all_live))
+
+
+def test_cuda_kernel_lets_no_nan_cross_a_terminal_step(emulated):
+    args = inputs((1, 600))
+    args["mask"][:], args["dones"][:] = True, False
+    args["rewards"][:] = args["values"][:] = 1.0
+    args["dones"][:, 298] = True
+    wanted = run(reference.gae, args)
+    args["rewards"][:, 299:] = float("nan")
+    for got, expected in zip(run(emulated, args), wanted, strict=True):
+        torch.testing.assert_close(got[:, :299], expected[:, :299])
+
+
+@pytest.mark.skipif(kernels.why_not("cuda") is None, reason="there is a device")
+def test_cuda_launch_without_a_device_says_so():
+    if not kernels.why_not("cuda").startswith("built"):
+        pytest.skip("fastpref._cuda is not built")
+    with pytest.raises(RuntimeError, match=r"^gae: CUDA says: .*(driver|device)"):
+        fastpref._cuda.gae(0, 0, 0, 0, 0, 0, 0, 1, 1, 1.0, 1.0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_cuda_device(shape, dtype):
+    check(gae_on_cuda, inputs(shape, dtype))
+
+
+def gae_on_cuda(*args):
+    rewards, values, mask, dones, bootstrap, gamma, lam = (x.cuda() if torch.is_tensor(x) else x for x in args)
+    results = gae(rewards, values, mask=mask, dones=dones, bootstrap=bootstrap, gamma=gamma, lam=lam)
+    return tuple(x.cpu() for x in results)
