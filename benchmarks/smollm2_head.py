@@ -1,20 +1,23 @@
-"""One DPO step of SmolLM2-135M on real pairs: the fused head against eager PyTorch, gradients first, then memory and time.
+"""One DPO step of SmolLM2-135M on real pairs, fused head against eager PyTorch: gradients, then memory and time.
 
-    python benchmarks/smollm2_head.py [--pairs 16] [--dtype float32 bfloat16] [--json benchmarks/results/FILE.jsonl]
+    python benchmarks/smollm2_head.py [--pairs 8] [--dtype float32 bfloat16] [--json benchmarks/results/FILE.jsonl]
 
 The bound: 3 passes over the head, 2 N H V FLOPs each, N completion tokens, H 576, V 49,152, which is what the bare
-GEMMs cost. Eager holds (2B, T, V) logits, a log-softmax of them in fp32, and the gradients of both. Memory is what the
-process adds to its resident set during the head's forward and backward alone, on the model's own hidden states, less
-the two gradients that both return.
+GEMMs cost. Eager holds (2B, T, V) logits, a log-softmax of them in fp32, and the gradients of both. Memory is what a
+fresh process adds to its resident set during the head's forward and backward alone, on the model's own hidden states,
+less the two gradients that both return.
 """
 
 import argparse
+import copy
 import json
+import multiprocessing
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpref import fused_lm_head, linear_preference_loss
+from fastpref import fused_lm_head, linear_logps, linear_preference_loss
 from fastpref.trainer.data import PairCollator, tokenize_pairs
 from fastpref.trainer.demo import demo_model, demo_pairs
 
@@ -46,95 +49,106 @@ def fused_loss(hidden: Tensor, weight: Tensor, *, targets: Tensor, ref_logps: Te
     return linear_preference_loss(hidden, weight, targets, beta=BETA, ref_logps=ref_logps).loss
 
 
-def parameter_gradients(model: Any, inputs: dict[str, Tensor], head: Callable[..., Tensor]) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad()
+def head_gradients(
+    hidden: Tensor, weight: Tensor, head: Callable[..., Tensor], bound: dict[str, Tensor]
+) -> tuple[float, list[Tensor]]:
+    x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = head(x, w, **bound)
+    return loss.item(), list(torch.autograd.grad(loss, (x, w)))
+
+
+def parameter_gradients(model: Any, inputs: dict[str, Tensor], head: Callable[..., Tensor]) -> list[Tensor]:
     loss = model(**inputs, head=head)
-    loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def relative_error(got: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Frobenius, over all parameters at once."""
-    difference = sum((got[name].double() - truth[name].double()).square().sum() for name in truth)
-    return float((difference / sum(t.double().square().sum() for t in truth.values())).sqrt())
+def relative_error(got: list[Tensor], truth: list[Tensor]) -> float:
+    """Frobenius, over all tensors at once."""
+    difference = sum(float((a.double() - b).square().sum()) for a, b in zip(got, truth, strict=True))
+    return (difference / sum(float(b.square().sum()) for b in truth)) ** 0.5
 
 
-def resident_peak(run: Callable[[], Any]) -> int:
-    """Bytes that `run` adds to the resident set at its highest; Linux."""
+def extra_memory(arguments: tuple[Any, ...]) -> int:
+    """Bytes that head_gradients(*arguments) adds to the resident set at its highest, less its result; Linux."""
+    # a process of its own: what an earlier step freed may stay resident, and the next one would look cheap
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_extra_memory, arguments).result()
+
+
+def _extra_memory(arguments: tuple[Any, ...]) -> int:
 
     def status(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
+    hidden, weight, *rest = arguments
+    hidden, weight = hidden.clone(), weight.clone()  # they come in shared memory, resident only once it is read
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to now
     before = status("VmRSS")
-    run()
-    return status("VmHWM") - before
+    _, gradients = head_gradients(hidden, weight, *rest)
+    return status("VmHWM") - before - sum(g.nbytes for g in gradients)
 
 
-def measure(dtype: torch.dtype, n_pairs: int) -> list[dict[str, Any]]:
+def measure(dtype: torch.dtype, n_pairs: int, rounds: int = 5) -> list[dict[str, Any]]:
+    """A row for each contender. Errors are against float64 on the same rounded weights, relative for gradients:
+    `head_...` of the head alone on the model's hidden states, `gradient_error` over all parameters of the model."""
     folder = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pairs, _ = tokenize_pairs(demo_pairs()[0][:n_pairs], tokenizer)
     batch = PairCollator(tokenizer.pad_token_id)(pairs)
     targets = batch.pop("targets")
-    n_tokens = int((targets != -100).sum())
-    truth_model = fused_lm_head(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
-    truth_model.load_state_dict({k: v.to(dtype).double() for k, v in truth_model.state_dict().items()})
-    # a reference that is not the policy: at equal log-probs the loss is log 2 whatever the head does
-    shift = torch.randn(2 * n_pairs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with torch.no_grad():
-        ref_logps = truth_model(**batch, head=partial(_sums, targets=targets)) + 5 * shift
-    loss, truth = parameter_gradients(truth_model, batch, partial(eager_loss, targets=targets, ref_logps=ref_logps))
     model = fused_lm_head(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
-    heads = {"eager": eager_loss, "fastpref": fused_loss}
-    bound = {"targets": targets, "ref_logps": ref_logps.float()}
-
+    exact = copy.deepcopy(model).double()
     with torch.no_grad():
         hidden = model(**batch, head=lambda hidden, weight: hidden)
+        # a reference that is not the policy: at equal log-probs the loss is log 2 whatever the head does
+        shift = torch.randn(2 * n_pairs, generator=torch.Generator().manual_seed(0))
+        ref_logps = (
+            5 * shift + exact(**batch, head=lambda x, w: linear_logps(x, w, targets, backend="torch").sum(-1)).float()
+        )
+    bound = {"targets": targets, "ref_logps": ref_logps}
     weight = model.get_output_embeddings().weight.detach()
-    rows = []
-    for name, head in heads.items():
-        got, gradients = parameter_gradients(model, batch, partial(head, **bound))
-        x, w = hidden.detach().requires_grad_(), weight.requires_grad_()
+    true_loss, true_head = head_gradients(hidden.double(), weight.double(), eager_loss, bound)
+    truth = parameter_gradients(exact, batch, partial(eager_loss, **bound))
 
-        def step(head: Callable[..., Tensor] = head, x: Tensor = x, w: Tensor = w) -> None:
-            torch.autograd.grad(head(x, w, **bound), (x, w))
-
-        step()
+    rows, steps = [], {}
+    for name, head in {"eager": eager_loss, "fastpref": fused_loss}.items():
+        loss, gradients = head_gradients(hidden, weight, head, bound)
+        steps[name] = partial(head_gradients, hidden, weight, head, bound)
         rows.append(
             {
                 "contender": name,
                 "dtype": str(dtype).removeprefix("torch."),
-                "tokens": n_tokens,
+                "tokens": int((targets != -100).sum()),
                 "positions": targets.numel(),
-                "loss_error": abs(got - loss),
-                "gradient_error": relative_error(gradients, truth),
-                "extra_MiB": round((resident_peak(step) - x.nbytes - w.nbytes) / MIB),
-                "step": step,
+                "head_loss_error": abs(loss - true_loss),
+                "head_gradient_error": relative_error(gradients, true_head),
+                "gradient_error": relative_error(parameter_gradients(model, batch, partial(head, **bound)), truth),
+                "extra_MiB": round(extra_memory((hidden, weight, head, bound)) / MIB),
             }
         )
-    times: dict[str, list[float]] = {name: [] for name in heads}
-    for _ in range(5):
-        for row in rows:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
             start = time.perf_counter()
-            row["step"]()
-            times[row["contender"]].append(time.perf_counter() - start)
+            step()
+            times[name].append(time.perf_counter() - start)
     for row in rows:
-        del row["step"]
         spent = times[row["contender"]]
-        row |= {"median_s": round(statistics.median(spent), 4), "min_s": round(min(spent), 4), "max_s": round(max(spent), 4)}
+        row |= {
+            "median_s": round(statistics.median(spent), 4),
+            "min_s": round(min(spent), 4),
+            "max_s": round(max(spent), 4),
+        }
     return rows
-
-
-def _sums(hidden: Tensor, weight: Tensor, *, targets: Tensor) -> Tensor:
-    picked = (hidden @ weight.T).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return torch.where(targets != -100, picked, 0.0).sum(-1)
 
 
 def provenance() -> dict[str, Any]:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    cpu = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     from fastpref.kernels.cpu.head import isa
 
     return {
@@ -147,19 +161,19 @@ def provenance() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     about = provenance()
     print(about)
-    print(f"{'':10}{'dtype':>10}{'tokens':>8}{'loss error':>12}{'grad. error':>13}{'extra MiB':>11}{'median s':>10}")
+    names = ("dtype", "tokens", "head loss", "head grad.", "all grad.", "extra MiB", "median s")
+    print(" " * 10 + "".join(f"{name:>11}" for name in names))
     for dtype in arguments.dtype:
         for row in measure(getattr(torch, dtype), arguments.pairs):
-            print(
-                f"{row['contender']:10}{row['dtype']:>10}{row['tokens']:>8}{row['loss_error']:>12.1e}"
-                f"{row['gradient_error']:>13.1e}{row['extra_MiB']:>11}{row['median_s']:>10.3f}"
-            )
+            errors = (row["head_loss_error"], row["head_gradient_error"], row["gradient_error"])
+            print(f"{row['contender']:10}{row['dtype']:>11}{row['tokens']:>11}", end="")
+            print("".join(f"{error:>11.1e}" for error in errors), f"{row['extra_MiB']:>10}{row['median_s']:>11.3f}")
             if arguments.json:
                 with arguments.json.open("a") as file:
                     file.write(json.dumps({"benchmark": "smollm2_head", **row, **about}) + "\n")

@@ -70,13 +70,13 @@ def plan(
     elif not trainable_head:
         passes, stored, kept = 2, min(fits, n_tokens), d_hidden
         why = "frozen head: dlogp/dhidden is formed in forward, its rows scaled in backward"
+    elif whole:
+        passes, stored, kept = 3, n_tokens, d_hidden
+        why = "the whole batch fits one chunk: it is kept, and backward forms the gradients from it"
     elif couples != "batch":
-        passes, stored, kept = 3, min(fits, n_tokens), d_hidden + d_weight
+        passes, stored, kept = 3, fits, d_hidden + d_weight
         why = f"couples = {couples}: gradients are formed in forward from each chunk of whole pairs"
         why += f", if each pair has at most {fits} tokens"
-    elif whole:
-        passes, stored, kept = 3, n_tokens, d_hidden + d_weight
-        why = "couples = batch, and the whole batch fits one chunk: gradients are formed in forward from it"
     else:
         passes, stored, kept = 4, fits, d_hidden + d_weight
         why = f"couples = batch, and {n_tokens} tokens do not fit one chunk of {fits}: logits are formed again"

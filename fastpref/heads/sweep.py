@@ -1,13 +1,14 @@
-"""A loss on the log-probs of a trained head in three passes: its gradients are formed in forward, chunk by chunk.
+"""A loss on the log-probs of a trained head in three passes: what scored a row gives its gradient, too.
 
-A chunk holds whole groups of rows (pairs; the whole batch for a loss that couples it). Once a group's log-probs are
-known, so are its slopes g = dL/dlogp, and the stored chunk gives both gradient products before the next overwrites it.
-What is kept for backward are dL/dhidden and dL/dweight in fp32, multiplied there by the upstream factor. A group
+Where all rows fit one chunk, the chunk is kept, and backward forms both gradient products from it, once the upstream
+factor is known. Where they do not, a chunk holds whole groups of rows (pairs; the whole batch for a loss that couples
+it): a group's log-probs give its slopes g = dL/dlogp, and its gradients are formed in forward, before the next group
+overwrites the chunk; kept are dL/dhidden and dL/dweight in fp32, multiplied in backward by the upstream factor. A group
 larger than a chunk is scored, and then scored again in pieces: one more pass for its rows.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,95 +27,136 @@ def sweep(fn: str, flat: _head.FlatHead, group: Tensor, slopes: Slopes) -> tuple
 
     Differentiable in hidden, weight and bias, through the loss and through the outputs' logps.
     """
-    loss, *outputs = _Sweep.apply(flat.hidden, flat.weight, flat.bias, fn, flat, group, slopes)
+    index = _head.kept_index(
+        fn,
+        "hidden",
+        flat.hidden,
+        flat.weight.shape[0],
+        flat.targets,
+        flat.rows,
+        flat.inv_temperature,
+        flat.ignore_index,
+        flat.check_finite,
+    )
+    vocab_size, hidden_size = flat.weight.shape
+    capacity = driver.chunk_tokens(hidden_size, vocab_size, flat.weight.dtype, flat.workspace)
+    rest = flat.targets, flat.rows, flat.inv_temperature
+    form = _Form(flat.softcap, flat.logit_scale, flat.deterministic, flat.backend, flat.workspace, capacity)
+    function = _OneChunk if index.numel() <= capacity else _ManyChunks
+    loss, *outputs = function.apply(flat.hidden, flat.weight, flat.bias, *rest, index, group, form, slopes)
     return loss, dict(zip(("logps", *_head.OUTPUTS), outputs, strict=True))
 
 
-class _Sweep(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
+class _Form(NamedTuple):
+    """What is not a tensor."""
+
+    softcap: float | None
+    logit_scale: float
+    deterministic: bool
+    backend: str | None
+    workspace: int
+    capacity: int  # rows of a chunk
+
+    def problem(
+        self,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        fn: str,
-        flat: _head.FlatHead,
-        group: Tensor,
-        slopes: Slopes,
-    ) -> tuple[Tensor, ...]:
-        run = kernels.choose("head", hidden.device.type, flat.backend)
-        # detached: a saved Problem must not hold the graph that made its inputs
-        flat = flat._replace(
-            hidden=hidden.detach(), weight=weight.detach(), bias=None if bias is None else bias.detach()
-        )
-        problem = _problem(flat)
-        with torch.autocast(hidden.device.type, enabled=False):
-            index = _head.kept_index(
-                fn,
-                "hidden",
-                flat.hidden,
-                flat.weight.shape[0],
-                flat.targets,
-                flat.rows,
-                flat.inv_temperature,
-                flat.ignore_index,
-                flat.check_finite,
-            )
-            gradients = driver.Gradients.zeros(problem, *ctx.needs_input_grad[:3])
-            dtype = driver.accumulator(hidden.dtype)
-            full = driver.Scores(*(hidden.new_zeros(flat.targets.shape, dtype=dtype) for _ in range(8)))
-            full = full._replace(is_top1=full.is_top1.bool())
-            loss = hidden.new_zeros((), dtype=dtype)
-            capacity = driver.chunk_tokens(weight.shape[1], weight.shape[0], weight.dtype, flat.workspace)
-            for part in _whole_groups(index, group, capacity):
-                fits = part.numel() <= capacity
-                chunk = run.new_chunk(part.numel(), weight) if fits else None
-                pieces = [
-                    driver.score(run, problem.head, problem.gather(i), chunk) for i in driver.split(part, capacity)
-                ]
-                scores = driver.Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
-                total, slope = slopes(part, scores)
-                loss += total
-                upstream = driver.Upstream(slope, None)
-                if chunk is not None:
-                    gradients.add(run, problem, part, scores, upstream, chunk)
-                else:
-                    driver.backward(run, problem, part, scores, upstream, gradients, flat.workspace)
-                for whole, some in zip(full, scores, strict=True):
-                    whole[part] = some
-        ctx.save_for_backward(
-            flat.hidden, flat.weight, flat.bias, gradients.hidden, gradients.weight, gradients.bias, *full, index
-        )
-        # the tensors come back from saved_tensors
-        ctx.flat = flat._replace(hidden=index, weight=index, bias=None)
-        ctx.set_materialize_grads(False)
-        outputs = (full.logps, full.entropy, full.log_sum_sq_probs, full.mean_logits, full.is_top1)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return loss, *outputs
+        targets: Tensor,
+        rows: Tensor | None,
+        inv_temperature: Tensor,
+    ) -> tuple[driver.Kernels, driver.Problem]:
+        head = driver.Head(weight, bias, self.softcap, self.logit_scale, self.deterministic)
+        run: Any = kernels.choose("head", hidden.device.type, self.backend)
+        return run, driver.Problem(hidden, head, targets, rows, inv_temperature)
+
+
+class _OneChunk(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, index, _, form, slopes = arguments
+        run, problem = form.problem(*tensors)
+        with torch.autocast(problem.hidden.device.type, enabled=False):
+            chunk = run.new_chunk(index.numel(), problem.head.weight)
+            scores = driver.score(run, problem.head, problem.gather(index), chunk)
+            loss, slope = slopes(index, scores)
+        ctx.form = form
+        ctx.save_for_backward(*tensors, index, chunk, slope, *scores)
+        return loss, *_outputs(ctx, problem, [index], [scores])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None) -> tuple[Any, ...]:
-        hidden, weight, bias, *rest = ctx.saved_tensors
-        formed, full, index = rest[:3], driver.Scores(*rest[3:11]), rest[11]
-        flat = ctx.flat._replace(hidden=hidden, weight=weight, bias=bias)
-        extra: list[Tensor | None] = [None, None, None]
+        *tensors, index, chunk, slope = ctx.saved_tensors[:9]
+        run, problem = ctx.form.problem(*tensors)
+        scores = driver.Scores(*ctx.saved_tensors[9:])
+        upstream = torch.zeros_like(slope) if grad_loss is None else grad_loss * slope
         if grad_logps is not None:
-            problem, run = _problem(flat), kernels.choose("head", hidden.device.type, flat.backend)
-            gradients = driver.Gradients.zeros(problem, *ctx.needs_input_grad[:3])
-            scores = driver.Scores(*(x[index] for x in full))
-            with torch.autocast(hidden.device.type, enabled=False):
-                upstream = driver.Upstream(grad_logps[index], None)
-                driver.backward(run, problem, index, scores, upstream, gradients, flat.workspace)
-            extra = [gradients.hidden, gradients.weight, gradients.bias]
-        dtype = hidden.dtype
-        found = [_combine(a, grad_loss, b, dtype) for a, b in zip(formed, extra, strict=True)]
-        return (*found, None, None, None, None)
+            upstream = upstream + grad_logps[index]
+        with torch.autocast(problem.hidden.device.type, enabled=False):
+            wanted = ctx.needs_input_grad[:3]
+            found = driver.gradients_of_chunk(
+                run, problem, index, scores, driver.Upstream(upstream, None), chunk, *wanted
+            )
+        return (*found, *(None,) * 7)
 
 
-def _problem(flat: _head.FlatHead) -> driver.Problem:
-    head = driver.Head(flat.weight, flat.bias, flat.softcap, flat.logit_scale, flat.deterministic)
-    return driver.Problem(flat.hidden, head, flat.targets, flat.rows, flat.inv_temperature)
+class _ManyChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, index, group, form, slopes = arguments
+        run, problem = form.problem(*tensors)
+        gradients = driver.Gradients.zeros(problem, *ctx.needs_input_grad[:3])
+        loss = problem.inv_temperature.new_zeros(())
+        parts, found = [], []
+        with torch.autocast(problem.hidden.device.type, enabled=False):
+            for part in _whole_groups(index, group, form.capacity):
+                fits = part.numel() <= form.capacity
+                chunk = run.new_chunk(part.numel(), problem.head.weight) if fits else None
+                pieces = driver.split(part, form.capacity)
+                scored = [driver.score(run, problem.head, problem.gather(piece), chunk) for piece in pieces]
+                scores = driver.Scores(*(torch.cat(some) for some in zip(*scored, strict=True)))
+                total, slope = slopes(part, scores)
+                loss += total
+                if chunk is not None:
+                    gradients.add(run, problem, part, scores, driver.Upstream(slope, None), chunk)
+                else:
+                    upstream = driver.Upstream(slope, None)
+                    driver.backward(run, problem, part, scores, upstream, gradients, form.workspace)
+                parts.append(part)
+                found.append(scores)
+        ctx.form = form
+        order, scores = torch.cat(parts), driver.Scores(*(torch.cat(some) for some in zip(*found, strict=True)))
+        ctx.save_for_backward(*tensors, order, gradients.hidden, gradients.weight, gradients.bias, *scores)
+        return loss, *_outputs(ctx, problem, parts, found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None) -> tuple[Any, ...]:
+        *tensors, index, d_hidden, d_weight, d_bias = ctx.saved_tensors[:10]
+        run, problem = ctx.form.problem(*tensors)
+        extra = driver.Gradients(None, None, None)
+        if grad_logps is not None:
+            extra = driver.Gradients.zeros(problem, *ctx.needs_input_grad[:3])
+            scores, upstream = driver.Scores(*ctx.saved_tensors[10:]), driver.Upstream(grad_logps[index], None)
+            with torch.autocast(problem.hidden.device.type, enabled=False):
+                driver.backward(run, problem, index, scores, upstream, extra, ctx.form.workspace)
+        dtype = problem.hidden.dtype
+        both = ((d_hidden, extra.hidden), (d_weight, extra.weight), (d_bias, extra.bias))
+        return (*(_combine(formed, grad_loss, more, dtype) for formed, more in both), *(None,) * 7)
+
+
+def _outputs(ctx: Any, problem: driver.Problem, parts: list[Tensor], found: list[driver.Scores]) -> list[Tensor]:
+    """(M,) each: logps and the extra outputs, zero where nothing was scored."""
+    ctx.set_materialize_grads(False)
+    out = []
+    for name in ("logps", *_head.OUTPUTS):
+        dtype = torch.bool if name == "is_top1" else problem.inv_temperature.dtype
+        out.append(torch.zeros(problem.targets.shape, dtype=dtype, device=problem.targets.device))
+        for part, scores in zip(parts, found, strict=True):
+            out[-1][part] = getattr(scores, name)
+    ctx.mark_non_differentiable(*out[1:])
+    return out
 
 
 def _whole_groups(index: Tensor, group: Tensor, capacity: int) -> Iterator[Tensor]:

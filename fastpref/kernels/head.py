@@ -20,6 +20,7 @@ from torch import Tensor
 
 RESCORE_ABOVE = 2.0**40  # of S'; 27.7 nats
 MIB = 2**20
+SLAB_BYTES = 16 * MIB  # of a weight gradient held in fp32 before it is rounded
 
 
 class Head(NamedTuple):
@@ -51,7 +52,7 @@ class Kernels(Protocol):
 
     def put_rows(self, chunk: Tensor, index: Tensor, source: Tensor) -> None: ...
 
-    # coefs = (c0, c1): the chunk is F (c0 + c1 d)
+    # `columns` is the chunk of part of the vocabulary. coefs = (c0, c1): the chunk is F (c0 + c1 d)
     def score(
         self,
         x: Tensor,
@@ -66,6 +67,8 @@ class Kernels(Protocol):
     def d_hidden(self, chunk: Tensor, n: int, weight: Tensor) -> Tensor: ...
 
     def add_d_weight(self, chunk: Tensor, scaled: Tensor, out: Tensor) -> None: ...
+
+    def columns(self, chunk: Tensor, first: int, last: int) -> Tensor: ...
 
     def add_d_bias(self, chunk: Tensor, factor: Tensor, out: Tensor) -> None: ...
 
@@ -255,6 +258,45 @@ class Gradients:
         if self.bias is not None:
             kernels.add_d_bias(chunk, factor, self.bias)
             self.bias.index_add_(0, rows.targets, label)
+
+
+def gradients_of_chunk(
+    kernels: Kernels,
+    problem: Problem,
+    index: Tensor,
+    scores: Scores,
+    upstream: Upstream,
+    chunk: Tensor,
+    hidden: bool,
+    weight: bool,
+    bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The wanted gradients in their parameters' dtypes, of the one chunk that holds all rows."""
+    head, dtype = problem.head, problem.hidden.dtype
+    small = Gradients.zeros(problem, hidden, False, bias)
+    small.add(kernels, problem, index, scores, upstream, chunk)
+    d_weight = None
+    if weight:
+        rows = problem.gather(index)
+        d_weight = weight_gradient(kernels, head, rows, *row_factors(kernels, head, rows, scores, upstream), chunk)
+    d_hidden = None if small.hidden is None else small.hidden.to(dtype)
+    return d_hidden, d_weight, None if small.bias is None else small.bias.to(dtype)
+
+
+def weight_gradient(kernels: Kernels, head: Head, rows: Rows, factor: Tensor, label: Tensor, chunk: Tensor) -> Tensor:
+    """(V, H) in the dtype of the weight, of the one chunk that holds all rows: in fp32 only a slab at a time."""
+    vocab_size, hidden_size = head.weight.shape
+    out = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
+    x = rows.x.to(factor.dtype)
+    scaled, at_label = x * factor[:, None], x * label[:, None]
+    for first in range(0, vocab_size, max(256, SLAB_BYTES // (4 * hidden_size))):
+        last = min(vocab_size, first + max(256, SLAB_BYTES // (4 * hidden_size)))
+        slab = torch.zeros(last - first, hidden_size, dtype=factor.dtype, device=out.device)
+        kernels.add_d_weight(kernels.columns(chunk, first, last), scaled, slab)
+        inside = ((rows.targets >= first) & (rows.targets < last)).nonzero()[:, 0]
+        slab.index_add_(0, rows.targets[inside] - first, at_label[inside])
+        out[first:last] = slab
+    return out
 
 
 def split(index: Tensor, size: int) -> Iterator[Tensor]:

@@ -50,6 +50,10 @@ def put_rows(chunk: Tensor, index: Tensor, source: Tensor) -> None:
     chunk[:, index] = source[:, : index.numel()]
 
 
+def columns(chunk: Tensor, first: int, last: int) -> Tensor:
+    return chunk[first:last]
+
+
 def score(
     x: Tensor,
     head: Head,

@@ -41,6 +41,10 @@ def put_rows(chunk: Tensor, index: Tensor, source: Tensor) -> None:
     chunk[index] = source
 
 
+def columns(chunk: Tensor, first: int, last: int) -> Tensor:
+    return chunk[:, first:last]
+
+
 def score(
     x: Tensor,
     head: Head,
