@@ -54,7 +54,9 @@ const HeadKernels& head_kernels(const std::string& isa) {
 #endif
     return portable::kernels;
   }
-  throw std::invalid_argument("head: instruction set " + isa + " is not usable here");
+  std::string known;
+  for (const std::string& usable : head_isas()) known += (known.empty() ? "" : ", ") + usable;
+  throw std::invalid_argument("head: FASTPREF_CPU_ISA must be one of " + known + " on this processor; got " + isa);
 }
 
 static double widen(const float* x, int64_t i) { return x[i]; }

@@ -8,8 +8,16 @@
 // fp32 rounding does not grow with H. What is not summed in registers is summed in a fixed order: same bits every run.
 #include "head.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+#endif
+
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -44,11 +52,13 @@ inline void store(float* p, vfloat x) { *reinterpret_cast<vfloat_u*>(p) = x; }
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// 64-byte aligned scratch of one thread or one call; uninitialised.
+// 64-byte aligned, uninitialised. Made before a parallel region: an exception must not leave one.
 template <class T>
 struct Scratch {
   T* data;
-  explicit Scratch(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, round_up(n * sizeof(T) + 1, 64)))) {}
+  explicit Scratch(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, round_up(n * sizeof(T) + 1, 64)))) {
+    if (!data) throw std::bad_alloc();
+  }
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -153,15 +163,16 @@ void pack_panels(const S* x, int64_t ld, int64_t n, int64_t size_k, int64_t pane
   }
 }
 
-// `count` rows of (size_k) as operands, `steps` apart: in place where storage and operand agree, else copied.
+// `count` rows of (size_k) as operands: in place where storage and operand agree, else copied to scratch.
+// Two 16-bit values make an operand only where they are bf16: fp16 has no Pair of its own.
 template <class Op, class S>
 struct Rows {
   const typename Op::Operand* data;
   int64_t stride;
   Rows(const S* x, int64_t ld, int64_t count, int64_t padded, int64_t size_k, typename Op::Operand* scratch) {
     constexpr bool same = sizeof(S) * Op::K == sizeof(typename Op::Operand);
-    const bool bf16_source = Op::K == 1 || sizeof(bf16) != sizeof(S) || is_bf16(x);
-    if (same && bf16_source && count == padded && size_k % Op::K == 0 && ld % Op::K == 0) {
+    const bool aligned = reinterpret_cast<std::uintptr_t>(x) % sizeof(typename Op::Operand) == 0;
+    if (same && aligned && count == padded && size_k % Op::K == 0 && ld % Op::K == 0) {
       data = reinterpret_cast<const typename Op::Operand*>(x);
       stride = ld / Op::K;
       return;
@@ -173,8 +184,6 @@ struct Rows {
     data = scratch;
     stride = steps;
   }
-  static bool is_bf16(const bf16*) { return true; }
-  static bool is_bf16(const void*) { return false; }
 };
 
 // ---- the exponential and its sums ------------------------------------------------------------------------------
@@ -277,6 +286,8 @@ void score(const Scoring& s, int threads) {
   Scratch<float> vectors(4 * padded);
   Scratch<int32_t> targets(padded);
   Scratch<float> partial(blocks * kSums * padded);
+  Scratch<Operand> all_rows(threads * MC * steps);
+  Scratch<float> all_products(threads * MC * NR);
   const float* anchor = padded_copy(s.anchor, n, padded, __builtin_inff(), vectors.data);
   const float* inv_t = padded_copy(s.inv_temperature, n, padded, 1.f, vectors.data + padded);
   const float* c0 = padded_copy(s.c0, n, padded, 1.f, vectors.data + 2 * padded);
@@ -287,8 +298,8 @@ void score(const Scoring& s, int threads) {
 
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<Operand> scratch(MC * steps);
-    Scratch<float> c(MC * NR);
+    Operand* scratch = all_rows.data + omp_get_thread_num() * MC * steps;
+    float* c = all_products.data + omp_get_thread_num() * MC * NR;
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < panels; ++p) pack_columns<Op>(hidden, H, n, H, p * NR, x.data + p * steps * NR);
 #pragma omp for schedule(dynamic)
@@ -298,16 +309,16 @@ void score(const Scoring& s, int threads) {
       const int64_t end = V < (block + 1) * kVocabBlock ? V : (block + 1) * kVocabBlock;
       for (int64_t v = block * kVocabBlock; v < end; v += MC) {
         const int64_t rows = end - v < MC ? end - v : MC, tall = round_up(rows, MR);
-        const Rows<Op, S> w(weight + v * s.weight_stride, s.weight_stride, rows, tall, H, scratch.data);
+        const Rows<Op, S> w(weight + v * s.weight_stride, s.weight_stride, rows, tall, H, scratch);
         for (int64_t p = 0; p < panels; ++p) {
           for (int64_t k = 0; k < steps; k += KC / Op::K) {
             const int64_t count = steps - k < KC / Op::K ? steps - k : KC / Op::K;
             for (int64_t i = 0; i < tall; i += MR)
-              tile<Op>(count, w.data + i * w.stride + k, w.stride, 1, x.data + (p * steps + k) * NR, c.data + i * NR, NR, k > 0);
+              tile<Op>(count, w.data + i * w.stride + k, w.stride, 1, x.data + (p * steps + k) * NR, c + i * NR, NR, k > 0);
           }
           for (int j = 0; j < NRV; ++j) {
             auto add = s.softcap > 0 ? add_rows<true, T> : add_rows<false, T>;
-            add(s, c.data + j * VL, v, rows, p * NR + j * VL, targets.data, anchor, inv_t, c0, c1, sums, padded,
+            add(s, c + j * VL, v, rows, p * NR + j * VL, targets.data, anchor, inv_t, c0, c1, sums, padded,
                 static_cast<T*>(s.stored));
           }
         }
@@ -375,13 +386,13 @@ void d_weight(const Product& g, int threads) {
   typedef typename Op::Operand Operand;
   const int64_t n = g.n, H = g.hidden_size, V = g.vocab_size, steps = (n + Op::K - 1) / Op::K;
   const int64_t panels = (H + NR - 1) / NR;
-  Scratch<Operand> x(panels * steps * NR);
+  Scratch<Operand> x(panels * steps * NR), all_rows(threads * MC * steps);
   const T* stored = static_cast<const T*>(g.stored);
   const float* hidden = static_cast<const float*>(g.dense);
 
 #pragma omp parallel num_threads(threads)
   {
-    Scratch<Operand> scratch(MC * steps);
+    Operand* scratch = all_rows.data + omp_get_thread_num() * MC * steps;
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < n; k += Op::K)
       pack_panels<Op, NR>(hidden + k * H, H, H, n - k < Op::K ? n - k : Op::K, steps * NR, x.data + k / Op::K * NR);
@@ -389,7 +400,7 @@ void d_weight(const Product& g, int threads) {
     for (int64_t v = 0; v < V; v += MC) {
       const int64_t rows = V - v < MC ? V - v : MC;
       // the chunk's rows are padded with zeros: an odd n reads one of them
-      const Rows<Op, T> f(stored + v * g.stride, g.stride, rows, round_up(rows, MR), steps * Op::K, scratch.data);
+      const Rows<Op, T> f(stored + v * g.stride, g.stride, rows, round_up(rows, MR), steps * Op::K, scratch);
       for (int64_t k = 0; k < steps; k += KC / Op::K) {
         const int64_t count = steps - k < KC / Op::K ? steps - k : KC / Op::K;
         for (int64_t panel = 0; panel < panels; ++panel)

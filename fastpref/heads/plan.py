@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fastpref.kernels.head import MIB, accumulator, chunk_dtype, chunk_tokens, default_workspace
+from fastpref.kernels.head import accumulator, chunk_dtype, chunk_tokens, default_workspace
 from fastpref.losses._protocol import COUPLINGS
+from fastpref.ops._head import check_workspace
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,17 @@ def plan(
         ValueError: a size is negative, or couples is unknown.
     """
     for name, value in (("n_tokens", n_tokens), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        if not isinstance(value, int):
+            raise TypeError(f"plan: {name} must be an int; got {type(value).__name__}")
         if value < (0 if name == "n_tokens" else 1):
             raise ValueError(f"plan: {name} must be {'>= 0' if name == 'n_tokens' else '>= 1'}; got {value}")
     if couples is not None and couples not in COUPLINGS:
         raise ValueError(f"plan: couples must be None or one of {', '.join(COUPLINGS)}; got {couples!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"plan: dtype must be a torch.dtype; got {dtype!r}")
     if workspace is None:
         workspace = default_workspace(torch.device(device or "cpu"))
-    elif workspace < MIB:
-        raise ValueError(f"plan: workspace is in bytes and must be at least 1 MiB; got {workspace}")
+    check_workspace("plan", workspace)
 
     fits = chunk_tokens(hidden_size, vocab_size, dtype, workspace)
     whole = n_tokens <= fits

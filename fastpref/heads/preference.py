@@ -10,7 +10,7 @@ from torch import Tensor
 from fastpref.heads.sweep import sweep
 from fastpref.kernels.head import Scores
 from fastpref.losses._protocol import Loss, Terms, resolve
-from fastpref.losses.preference import PREFERENCE_LOSSES, Pairs, Tokens, check_beta, check_losses, rewards
+from fastpref.losses.preference import PREFERENCE_LOSSES, Pairs, Tokens, check_beta, rewards
 from fastpref.ops import _check, _head
 from fastpref.ops.linear_logps import token_outputs
 
@@ -120,14 +120,19 @@ def linear_preference_loss(
 
     trained = any(x is not None and x.requires_grad for x in (flat.weight, flat.bias)) and torch.is_grad_enabled()
     fused = trained and reduction != "none" and flat.backend != "reference" and not torch.compiler.is_compiling()
-    if fused:
-        group = sequence % max(n_pairs, 1) if terms.couples != "batch" else torch.zeros_like(sequence)
-        loss, found = sweep(FN, flat, group, lambda index, scores: job.slopes(index, scores, scale))
+    if fused and n_pairs:
+        whole = terms.couples == "batch"
+        group, n_groups = (torch.zeros_like(sequence), 1) if whole else (sequence % n_pairs, n_pairs)
+
+        def slopes(index: Tensor, scores: Scores, first: int, last: int) -> tuple[Tensor, Tensor]:
+            return job.slopes(index, scores, *((0, n_pairs) if whole else (first, last)), scale)
+
+        loss, found = sweep(FN, flat, group, n_groups, slopes)
         pairs = job.pairs(found["logps"], found)
     else:
         found = token_outputs(FN, flat)
         pairs = job.pairs(found["logps"], found)
-        losses = check_losses(FN, terms(pairs, beta=beta), pairs.chosen_logps)
+        losses = terms(FN, pairs.chosen_logps, pairs, beta=beta)
         loss = losses if reduction == "none" else losses.sum() * scale
     chosen_rewards, rejected_rewards = rewards(pairs, beta)
     return PreferenceOutput(
@@ -150,12 +155,6 @@ def _sequences(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> tu
     else:
         n = cu_seqlens.shape[0] - 1
         bounds, total = cu_seqlens.long(), targets.shape[0]
-        if not torch.compiler.is_compiling() and not cu_seqlens.is_cuda:
-            whole = int(bounds[0]) == 0 and int(bounds[-1]) == total and bool((bounds.diff() >= 0).all())
-            if not whole:
-                raise ValueError(
-                    f"{FN}: cu_seqlens must rise from 0 to the number of targets, {total}; got {bounds.tolist()}"
-                )
         sequence = torch.searchsorted(bounds[1:], torch.arange(total, device=targets.device), right=True)
     if n % 2:
         raise ValueError(f"{FN}: hidden must hold B chosen, then B rejected sequences; got an odd number, {n}")
@@ -215,9 +214,12 @@ def _scale(reduction: str, num_items: float | Tensor | None, n_pairs: int) -> fl
     if num_items is None:
         return 1 / max(n_pairs, 1) if reduction == "mean" else 1.0
     if isinstance(num_items, Tensor):
+        if num_items.dim() or num_items.requires_grad:
+            raise ValueError(f"{FN}: num_items must be a number or a 0-d tensor; got shape {tuple(num_items.shape)}")
         return 1 / num_items
-    if num_items <= 0:
-        raise ValueError(f"{FN}: num_items must be > 0; got {num_items}")
+    _check.number(FN, num_items=num_items)
+    if not 0 < num_items < float("inf"):
+        raise ValueError(f"{FN}: num_items must be > 0 and finite; got {num_items}")
     return 1 / num_items
 
 
@@ -237,21 +239,26 @@ class _Job:
         """All pairs; `logps` and `outputs` (M,)."""
         return self._pairs(logps, outputs, self.live, self.sequence, self.n_pairs, self.ref_sums, self.ref_tokens)
 
-    def slopes(self, index: Tensor, scores: Scores, scale: float | Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, dloss/dlogps) of the pairs whose targets are at `index`, and of no others."""
-        there, local = torch.unique(self.sequence[index] % self.n_pairs, return_inverse=True)
-        n = there.numel()
-        sequence = local + n * (self.sequence[index] >= self.n_pairs)
-        ref_sums = None if self.ref_sums is None else self.ref_sums[torch.cat((there, there + self.n_pairs))]
+    def slopes(
+        self, index: Tensor, scores: Scores, first: int, last: int, scale: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, dloss/dlogps) of pairs first to last - 1, whose targets are at `index`."""
+        n = last - first
+        pair, is_rejected = self.sequence[index] % self.n_pairs, self.sequence[index] >= self.n_pairs
+        here = torch.arange(first, last, device=index.device)
+        ref_sums = None if self.ref_sums is None else self.ref_sums[torch.cat((here, here + self.n_pairs))]
         ref_tokens = None if self.ref_tokens is None else self.ref_tokens[index]
         outputs = {name: getattr(scores, name) for name in _head.OUTPUTS}
-        with torch.enable_grad():
+        live, sequence = torch.ones_like(index, dtype=torch.bool), pair - first + n * is_rejected
+        # a graph of its own: hooks on saved tensors, such as a checkpoint's, are for the graph around it
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             logps = scores.logps.detach().requires_grad_()
-            pairs = self._pairs(
-                logps, outputs, torch.ones_like(index, dtype=torch.bool), sequence, n, ref_sums, ref_tokens
-            )
-            loss = check_losses(FN, self.terms(pairs, beta=self.beta), pairs.chosen_logps).sum() * scale
-        (slope,) = torch.autograd.grad(loss, logps)
+            pairs = self._pairs(logps, outputs, live, sequence, n, ref_sums, ref_tokens)
+            loss = self.terms(FN, pairs.chosen_logps, pairs, beta=self.beta).sum() * scale
+            if not loss.requires_grad:  # a loss of nothing that is trained
+                return loss, torch.zeros_like(logps)
+            _refuse_learnable(loss, logps)
+            (slope,) = torch.autograd.grad(loss, logps, materialize_grads=True, allow_unused=True)
         return loss.detach(), slope
 
     def _pairs(
@@ -279,6 +286,27 @@ class _Job:
         tokens = Tokens(logps, ref_tokens, live, sequence, {name: outputs[name].detach() for name in _head.OUTPUTS})
         ref_chosen, ref_rejected = (None, None) if ref_sums is None else halves(ref_sums)
         return Pairs(*halves(sums(logps)), ref_chosen, ref_rejected, *halves(lengths), tokens, FN)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _refuse_learnable(loss: Tensor, logps: Tensor) -> None:
+    """Raises if something beside the log-probs would get a gradient from this graph: here it would get none."""
+    seen, ahead = set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not logps:
+            raise ValueError(
+                f"{FN}: the loss must depend on nothing learnable but the log-probs; got a tensor of shape "
+                f'{tuple(leaf.shape)} that requires grad: use reduction="none", or linear_logps and your loss on it'
+            )
+        ahead.extend(next_node for next_node, _ in node.next_functions)
 
 
 def _metrics(pairs: Pairs, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:

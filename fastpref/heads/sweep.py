@@ -18,13 +18,16 @@ from fastpref.kernels import head as driver
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
 
-# (index into the targets, their Scores) -> (sum of the group's losses, dL/dlogps); called once a chunk of whole groups
-Slopes = Callable[[Tensor, driver.Scores], tuple[Tensor, Tensor]]
+# (index into the targets, their Scores, first group, last group + 1) -> (sum of the losses of these groups, dL/dlogps)
+Slopes = Callable[[Tensor, driver.Scores, int, int], tuple[Tensor, Tensor]]
 
 
-def sweep(fn: str, flat: _head.FlatHead, group: Tensor, slopes: Slopes) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, token outputs (M,) each). `group` (M,): rows of one group are scored together.
+def sweep(
+    fn: str, flat: _head.FlatHead, group: Tensor, n_groups: int, slopes: Slopes
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, token outputs (M,) each). `group` (M,): the rows of one group are scored together.
 
+    `slopes` is called once a chunk, for a run of whole groups; a group without rows is in one of the runs.
     Differentiable in hidden, weight and bias, through the loss and through the outputs' logps.
     """
     index = _head.kept_index(
@@ -40,10 +43,13 @@ def sweep(fn: str, flat: _head.FlatHead, group: Tensor, slopes: Slopes) -> tuple
     )
     vocab_size, hidden_size = flat.weight.shape
     capacity = driver.chunk_tokens(hidden_size, vocab_size, flat.weight.dtype, flat.workspace)
-    rest = flat.targets, flat.rows, flat.inv_temperature
+    tensors = flat.hidden, flat.weight, flat.bias, flat.targets, flat.rows, flat.inv_temperature
     form = _Form(flat.softcap, flat.logit_scale, flat.deterministic, flat.backend, flat.workspace, capacity)
-    function = _OneChunk if index.numel() <= capacity else _ManyChunks
-    loss, *outputs = function.apply(flat.hidden, flat.weight, flat.bias, *rest, index, group, form, slopes)
+    if index.numel() <= capacity:
+        loss, *outputs = _OneChunk.apply(*tensors, index, n_groups, form, slopes)
+    else:
+        runs = list(_runs_of_groups(index, group, n_groups, capacity))
+        loss, *outputs = _ManyChunks.apply(*tensors, runs, form, slopes)
     return loss, dict(zip(("logps", *_head.OUTPUTS), outputs, strict=True))
 
 
@@ -72,14 +78,16 @@ class _Form(NamedTuple):
 
 
 class _OneChunk(torch.autograd.Function):
+    """The chunk, at most `workspace` bytes, lives until backward."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, index, _, form, slopes = arguments
+        *tensors, index, n_groups, form, slopes = arguments
         run, problem = form.problem(*tensors)
         with torch.autocast(problem.hidden.device.type, enabled=False):
             chunk = run.new_chunk(index.numel(), problem.head.weight)
             scores = driver.score(run, problem.head, problem.gather(index), chunk)
-            loss, slope = slopes(index, scores)
+            loss, slope = slopes(index, scores, 0, n_groups)
         ctx.form = form
         ctx.save_for_backward(*tensors, index, chunk, slope, *scores)
         return loss, *_outputs(ctx, problem, [index], [scores])
@@ -87,63 +95,62 @@ class _OneChunk(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None) -> tuple[Any, ...]:
-        *tensors, index, chunk, slope = ctx.saved_tensors[:9]
-        run, problem = ctx.form.problem(*tensors)
-        scores = driver.Scores(*ctx.saved_tensors[9:])
-        upstream = torch.zeros_like(slope) if grad_loss is None else grad_loss * slope
+        # read once: under a checkpoint each reading unpacks
+        hidden, weight, bias, targets, rows, inv_temperature, index, chunk, slope, *scored = ctx.saved_tensors
+        run, problem = ctx.form.problem(hidden, weight, bias, targets, rows, inv_temperature)
+        g = torch.zeros_like(slope) if grad_loss is None else grad_loss * slope
         if grad_logps is not None:
-            upstream = upstream + grad_logps[index]
-        with torch.autocast(problem.hidden.device.type, enabled=False):
-            wanted = ctx.needs_input_grad[:3]
-            found = driver.gradients_of_chunk(
-                run, problem, index, scores, driver.Upstream(upstream, None), chunk, *wanted
-            )
+            g = g + grad_logps[index]
+        scores, upstream = driver.Scores(*scored), driver.Upstream(g, None)
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = driver.gradients_of_chunk(run, problem, index, scores, upstream, chunk, ctx.needs_input_grad[:3])
         return (*found, *(None,) * 7)
 
 
 class _ManyChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, index, group, form, slopes = arguments
+        *tensors, runs, form, slopes = arguments
         run, problem = form.problem(*tensors)
         gradients = driver.Gradients.zeros(problem, *ctx.needs_input_grad[:3])
         loss = problem.inv_temperature.new_zeros(())
-        parts, found = [], []
+        found = []
         with torch.autocast(problem.hidden.device.type, enabled=False):
-            for part in _whole_groups(index, group, form.capacity):
-                fits = part.numel() <= form.capacity
-                chunk = run.new_chunk(part.numel(), problem.head.weight) if fits else None
-                pieces = driver.split(part, form.capacity)
+            for index, first, last in runs:
+                fits = index.numel() <= form.capacity
+                chunk = run.new_chunk(index.numel(), problem.head.weight) if fits else None
+                pieces = index.split(form.capacity)
                 scored = [driver.score(run, problem.head, problem.gather(piece), chunk) for piece in pieces]
                 scores = driver.Scores(*(torch.cat(some) for some in zip(*scored, strict=True)))
-                total, slope = slopes(part, scores)
+                total, slope = slopes(index, scores, first, last)
                 loss += total
+                upstream = driver.Upstream(slope, None)
                 if chunk is not None:
-                    gradients.add(run, problem, part, scores, driver.Upstream(slope, None), chunk)
+                    gradients.add(run, problem, index, scores, upstream, chunk)
                 else:
-                    upstream = driver.Upstream(slope, None)
-                    driver.backward(run, problem, part, scores, upstream, gradients, form.workspace)
-                parts.append(part)
+                    driver.backward(run, problem, index, scores, upstream, gradients, form.workspace)
                 found.append(scores)
+        parts = [index for index, _, _ in runs]
+        every = driver.Scores(*(torch.cat(some) for some in zip(*found, strict=True)))
         ctx.form = form
-        order, scores = torch.cat(parts), driver.Scores(*(torch.cat(some) for some in zip(*found, strict=True)))
-        ctx.save_for_backward(*tensors, order, gradients.hidden, gradients.weight, gradients.bias, *scores)
+        ctx.save_for_backward(*tensors, torch.cat(parts), gradients.hidden, gradients.weight, gradients.bias, *every)
         return loss, *_outputs(ctx, problem, parts, found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None) -> tuple[Any, ...]:
-        *tensors, index, d_hidden, d_weight, d_bias = ctx.saved_tensors[:10]
-        run, problem = ctx.form.problem(*tensors)
+        hidden, weight, bias, targets, rows, inv_temperature, index, d_hidden, d_weight, d_bias, *scored = (
+            ctx.saved_tensors
+        )
         extra = driver.Gradients(None, None, None)
         if grad_logps is not None:
+            run, problem = ctx.form.problem(hidden, weight, bias, targets, rows, inv_temperature)
             extra = driver.Gradients.zeros(problem, *ctx.needs_input_grad[:3])
-            scores, upstream = driver.Scores(*ctx.saved_tensors[10:]), driver.Upstream(grad_logps[index], None)
-            with torch.autocast(problem.hidden.device.type, enabled=False):
+            scores, upstream = driver.Scores(*scored), driver.Upstream(grad_logps[index], None)
+            with torch.autocast(hidden.device.type, enabled=False):
                 driver.backward(run, problem, index, scores, upstream, extra, ctx.form.workspace)
-        dtype = problem.hidden.dtype
         both = ((d_hidden, extra.hidden), (d_weight, extra.weight), (d_bias, extra.bias))
-        return (*(_combine(formed, grad_loss, more, dtype) for formed, more in both), *(None,) * 7)
+        return (*(_combine(formed, grad_loss, more, hidden.dtype) for formed, more in both), *(None,) * 6)
 
 
 def _outputs(ctx: Any, problem: driver.Problem, parts: list[Tensor], found: list[driver.Scores]) -> list[Tensor]:
@@ -159,19 +166,17 @@ def _outputs(ctx: Any, problem: driver.Problem, parts: list[Tensor], found: list
     return out
 
 
-def _whole_groups(index: Tensor, group: Tensor, capacity: int) -> Iterator[Tensor]:
-    """`index` in parts of whole groups, each as long as fits `capacity`, or one group that does not."""
+def _runs_of_groups(index: Tensor, group: Tensor, n_groups: int, capacity: int) -> Iterator[tuple[Tensor, int, int]]:
+    """(rows of `index`, first group, last group + 1): runs that fit `capacity`, or one group that does not."""
     of_row = group[index]
-    order = torch.argsort(of_row, stable=True)
-    _, counts = torch.unique_consecutive(of_row[order], return_counts=True)
-    taken = first = 0
-    for count in counts.tolist():
+    rows = index[torch.argsort(of_row, stable=True)]
+    start = first = taken = 0
+    for number, count in enumerate(torch.bincount(of_row, minlength=n_groups).tolist()):
         if taken and taken + count > capacity:
-            yield index[order[first : first + taken]]
-            first, taken = first + taken, 0
+            yield rows[start : start + taken], first, number
+            start, first, taken = start + taken, number, 0
         taken += count
-    if taken:
-        yield index[order[first : first + taken]]
+    yield rows[start:], first, n_groups
 
 
 def _combine(formed: Tensor | None, factor: Tensor | None, extra: Tensor | None, dtype: torch.dtype) -> Tensor | None:

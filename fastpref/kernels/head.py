@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 RESCORE_ABOVE = 2.0**40  # of S'; 27.7 nats
+ROW_BLOCK = 48  # a chunk of the C++ kernels is padded to a multiple of this
 MIB = 2**20
 SLAB_BYTES = 16 * MIB  # of a weight gradient held in fp32 before it is rounded
 
@@ -130,10 +131,19 @@ def default_workspace(device: torch.device) -> int:
 
 
 def chunk_tokens(hidden_size: int, vocab_size: int, dtype: torch.dtype, workspace: int) -> int:
-    """Rows of a stored chunk that fit in `workspace` bytes."""
-    # the chunk, its partial sums (20 bytes every 480 columns), and hidden rows gathered, packed and in fp32
-    row = vocab_size * chunk_dtype(dtype).itemsize + vocab_size // 24 + 16 * hidden_size + 64
-    return max(1, workspace // row)
+    """Rows of a stored chunk that fit in `workspace` bytes: a multiple of ROW_BLOCK, and at least one of it."""
+    row = vocab_size * chunk_dtype(dtype).itemsize + _beside(hidden_size, vocab_size)
+    return max(ROW_BLOCK, workspace // row // ROW_BLOCK * ROW_BLOCK)
+
+
+def score_tokens(hidden_size: int, vocab_size: int, workspace: int) -> int:
+    """Rows scored at once where no chunk is stored."""
+    return min(4096, max(ROW_BLOCK, workspace // _beside(hidden_size, vocab_size) // ROW_BLOCK * ROW_BLOCK))
+
+
+def _beside(hidden_size: int, vocab_size: int) -> int:
+    """Bytes a row takes beside its stored chunk: partial sums (20 every 480 columns), and copies of itself."""
+    return vocab_size // 24 + 16 * hidden_size + 64
 
 
 def score(
@@ -148,35 +158,44 @@ def score(
     z_y, _ = label_logits(kernels, head, rows)
     anchor = torch.where(z_y.isinf(), 0.0, z_y).to(dtype)
     sums = kernels.score(rows.x, head, rows.targets, anchor, rows.inv_temperature, chunk, None)
-    again = (sums.exp > RESCORE_ABOVE).nonzero()[:, 0]
-    if again.numel():
-        few = Rows(rows.x[again], rows.targets[again], rows.inv_temperature[again])
-        moved = anchor[again] + sums.max_d[again].to(dtype)
-        few_chunk = None if chunk is None else kernels.new_chunk(again.numel(), head.weight)
-        few_sums = kernels.score(few.x, head, few.targets, moved, few.inv_temperature, few_chunk, None)
-        if chunk is not None and few_chunk is not None:
-            kernels.put_rows(chunk, again, few_chunk)
-        anchor[again] = moved
-        for all_rows, some in zip(sums, few_sums, strict=True):
-            all_rows[again] = some
+    again = ((sums.exp > RESCORE_ABOVE) | z_y.isneginf()) & sums.max_d.isfinite()
+    for few in again.nonzero()[:, 0].split(ROW_BLOCK):
+        _score_at_maximum(kernels, head, rows, few, anchor, sums, chunk)
 
-    # the sums are fp64: what follows is rounded once, at the end
+    # the sums are fp64, so is what follows, rounded once at the end; label_d is what rounding the anchor left of z_y,
+    # or the distance to the maximum. -log1p(S' exp(-label_d)) keeps a confident row's precision, and its sign
     label_d = z_y - anchor.double()
     e_y = label_d.exp()
+    near = label_d > -600  # below, exp(-label_d) leaves fp64's range
+    rest = torch.where(near, sums.exp * (-label_d).exp(), 0.0)
     total = e_y + sums.exp
-    log_total = torch.where(label_d == 0, torch.log1p(sums.exp), total.log())
-    bounded = label_d.clamp(min=-200.0)
-    entropy = (log_total - (sums.exp_d + e_y * bounded) / total).clamp(min=0)
+    entropy = torch.where(
+        near, torch.log1p(rest) + (label_d * sums.exp - sums.exp_d) / total, total.log() - sums.exp_d / total
+    )
     return Scores(
         anchor=anchor,
         label_d=label_d.to(dtype),
         rest=sums.exp.to(dtype),
-        logps=(label_d - log_total).to(dtype),
-        entropy=entropy.to(dtype),
-        log_sum_sq_probs=((sums.exp_sq + e_y * e_y).log() - 2 * log_total).to(dtype),
+        logps=torch.where(near, 0.0 - torch.log1p(rest), label_d - total.log()).to(dtype),
+        entropy=entropy.clamp(min=0).to(dtype),
+        log_sum_sq_probs=((sums.exp_sq + e_y * e_y).log() - 2 * total.log()).to(dtype),
         mean_logits=(sums.z / vocab_size).to(dtype),
-        is_top1=sums.max_d <= label_d,
+        is_top1=(sums.max_d <= label_d) & ~total.isnan(),
     )
+
+
+def _score_at_maximum(
+    kernels: Kernels, head: Head, rows: Rows, few: Tensor, anchor: Tensor, sums: Sums, chunk: Tensor | None
+) -> None:
+    """Scores the rows at `few` again; writes what they give into anchor, sums and chunk."""
+    x, targets, inv_temperature = rows.x[few], rows.targets[few], rows.inv_temperature[few]
+    anchor[few] += sums.max_d[few].to(anchor.dtype)
+    few_chunk = None if chunk is None else kernels.new_chunk(few.numel(), head.weight)
+    found = kernels.score(x, head, targets, anchor[few], inv_temperature, few_chunk, None)
+    if chunk is not None and few_chunk is not None:
+        kernels.put_rows(chunk, few, few_chunk)
+    for all_rows, some in zip(sums, found, strict=True):
+        all_rows[few] = some
 
 
 def label_logits(kernels: Kernels, head: Head, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -246,18 +265,32 @@ class Gradients:
     ) -> None:
         """The gradient products of one stored chunk, its rows at `index`."""
         head, rows = problem.head, problem.gather(index)
-        factor, label = row_factors(kernels, head, rows, scores, upstream)
+        factor, label, x = _products(kernels, head, rows, scores, upstream, chunk)
         if self.hidden is not None:
             d_rows = kernels.d_hidden(chunk, index.numel(), head.weight)
             d_rows.mul_(factor[:, None]).add_(head.weight[rows.targets] * label[:, None])
             self.hidden.index_add_(0, index if problem.rows is None else problem.rows[index], d_rows)
         if self.weight is not None:
-            x = rows.x.to(factor.dtype)
             kernels.add_d_weight(chunk, x * factor[:, None], self.weight)
             self.weight.index_add_(0, rows.targets, x * label[:, None])
         if self.bias is not None:
             kernels.add_d_bias(chunk, factor, self.bias)
             self.bias.index_add_(0, rows.targets, label)
+
+
+def _products(
+    kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream: Upstream, chunk: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(factor, label, hidden rows in fp32) of the gradient products."""
+    factor, label = row_factors(kernels, head, rows, scores, upstream)
+    x = rows.x.to(factor.dtype)
+    silent = upstream.logps == 0 if upstream.entropy is None else (upstream.logps == 0) & (upstream.entropy == 0)
+    # 0 times NaN is NaN: a row that is not finite and sends no gradient must not spoil those that do
+    spoilt = (silent & ~(scores.total.isfinite() & x.isfinite().all(-1))).nonzero()[:, 0]
+    if spoilt.numel():
+        factor, label, x = (t.index_fill(0, spoilt, 0.0) for t in (factor, label, x))
+        kernels.put_rows(chunk, spoilt, torch.zeros_like(kernels.new_chunk(spoilt.numel(), head.weight)))
+    return factor, label, x
 
 
 def gradients_of_chunk(
@@ -267,30 +300,26 @@ def gradients_of_chunk(
     scores: Scores,
     upstream: Upstream,
     chunk: Tensor,
-    hidden: bool,
-    weight: bool,
-    bias: bool,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The wanted gradients in their parameters' dtypes, of the one chunk that holds all rows."""
+    """Gradients of hidden, weight and bias in their dtypes, of the one chunk that holds all rows."""
     head, dtype = problem.head, problem.hidden.dtype
-    small = Gradients.zeros(problem, hidden, False, bias)
+    small = Gradients.zeros(problem, wanted[0], False, wanted[2])
     small.add(kernels, problem, index, scores, upstream, chunk)
-    d_weight = None
-    if weight:
-        rows = problem.gather(index)
-        d_weight = weight_gradient(kernels, head, rows, *row_factors(kernels, head, rows, scores, upstream), chunk)
+    d_weight = _d_weight(kernels, head, problem.gather(index), scores, upstream, chunk) if wanted[1] else None
     d_hidden = None if small.hidden is None else small.hidden.to(dtype)
     return d_hidden, d_weight, None if small.bias is None else small.bias.to(dtype)
 
 
-def weight_gradient(kernels: Kernels, head: Head, rows: Rows, factor: Tensor, label: Tensor, chunk: Tensor) -> Tensor:
-    """(V, H) in the dtype of the weight, of the one chunk that holds all rows: in fp32 only a slab at a time."""
+def _d_weight(kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream: Upstream, chunk: Tensor) -> Tensor:
+    """(V, H) in the dtype of the weight: in fp32 only a slab of it at a time."""
     vocab_size, hidden_size = head.weight.shape
     out = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
-    x = rows.x.to(factor.dtype)
+    factor, label, x = _products(kernels, head, rows, scores, upstream, chunk)
     scaled, at_label = x * factor[:, None], x * label[:, None]
-    for first in range(0, vocab_size, max(256, SLAB_BYTES // (4 * hidden_size))):
-        last = min(vocab_size, first + max(256, SLAB_BYTES // (4 * hidden_size)))
+    step = max(256, SLAB_BYTES // (4 * hidden_size))
+    for first in range(0, vocab_size, step):
+        last = min(vocab_size, first + step)
         slab = torch.zeros(last - first, hidden_size, dtype=factor.dtype, device=out.device)
         kernels.add_d_weight(kernels.columns(chunk, first, last), scaled, slab)
         inside = ((rows.targets >= first) & (rows.targets < last)).nonzero()[:, 0]
@@ -300,9 +329,9 @@ def weight_gradient(kernels: Kernels, head: Head, rows: Rows, factor: Tensor, la
 
 
 def split(index: Tensor, size: int) -> Iterator[Tensor]:
-    """Chunks of equal length, at most `size`."""
+    """Chunks of `size` and a rest."""
     if index.numel():
-        yield from index.tensor_split(-(-index.numel() // size))
+        yield from index.split(size)
 
 
 def backward(

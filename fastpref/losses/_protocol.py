@@ -41,8 +41,12 @@ class Term:
     weight: float
     options: dict[str, Any]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.weight * self.loss(*args, **kwargs, **self.options)
+    def __call__(self, fn: str, like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        losses = self.loss(*args, **kwargs, **self.options)
+        if not isinstance(losses, Tensor) or losses.shape != like.shape:
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"{fn}: {_name(self.loss)} must return a tensor of shape {tuple(like.shape)}; got {got}")
+        return self.weight * losses
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class Terms:
     def couples(self) -> str:
         return max((getattr(term.loss, "couples", "batch") for term in self.terms), key=COUPLINGS.index)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        first, *others = (term(*args, **kwargs) for term in self.terms)
+    def __call__(self, fn: str, like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The sum, each loss shaped as `like`; what a loss returns that is not raises, in the name of `fn`."""
+        first, *others = (term(fn, like, *args, **kwargs) for term in self.terms)
         return sum(others, first)
 
 
@@ -74,7 +79,11 @@ def resolve(
         ValueError: an unknown loss, or weights that do not fit.
         TypeError: an option that none of the losses owns.
     """
+    if not isinstance(loss_type, Sequence) and not callable(loss_type):
+        raise TypeError(f"{fn}: loss_type must be a name, a function or a list of them; got {loss_type!r}")
     wanted = [loss_type] if isinstance(loss_type, str) or callable(loss_type) else list(loss_type)
+    if loss_weights is not None and not isinstance(loss_weights, Sequence):
+        raise TypeError(f"{fn}: loss_weights must be a list of numbers; got {loss_weights!r}")
     if not wanted:
         raise ValueError(f"{fn}: loss_type must name at least one loss; got an empty list")
     weights = [1.0] * len(wanted) if loss_weights is None else list(loss_weights)
@@ -84,9 +93,11 @@ def resolve(
     owned = [_options(loss, given) for loss in losses]
     unknown = sorted(set(options) - {name for names in owned for name in names})
     if unknown:
-        named = ", ".join(getattr(loss, "__name__", repr(loss)) for loss in losses)
+        named = ", ".join(map(_name, losses))
         allowed = sorted({name for names in owned for name in names}) or ["none"]
-        raise TypeError(f"{fn}: {unknown[0]!r} is no option of {named}, whose options are: {', '.join(allowed)}")
+        raise TypeError(
+            f"{fn}: {unknown[0]!r} is no option of {named}, whose options (keyword-only) are: {', '.join(allowed)}"
+        )
     bound = [{name: options[name] for name in names if name in options} for names in owned]
     return Terms(tuple(map(Term, losses, weights, bound)))
 
@@ -99,6 +110,10 @@ def _look_up(fn: str, table: dict[str, Loss], loss: str | Loss) -> Loss:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"{fn}: loss_type must be a function or one of {', '.join(table)}; got {loss!r}{hint}")
     return table[loss]
+
+
+def _name(loss: Loss) -> str:
+    return getattr(loss, "__name__", repr(loss))
 
 
 def _options(loss: Loss, given: tuple[str, ...]) -> list[str]:

@@ -102,6 +102,7 @@ def rewards(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def check_beta(fn: str, beta: float) -> None:
+    _check.number(fn, beta=beta)
     if not 0 < beta < float("inf"):
         raise ValueError(f"{fn}: beta must be > 0 and finite; got {beta}")
 
@@ -175,13 +176,4 @@ def dpo_loss(
     if reference_free:
         ref_chosen, ref_rejected = torch.zeros_like(chosen), torch.zeros_like(rejected)
     pairs = Pairs(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, None, fn)
-    losses = check_losses(fn, terms(pairs, beta=beta), chosen)
-    return losses, *rewards(pairs, beta)
-
-
-def check_losses(fn: str, losses: Any, like: Tensor) -> Tensor:
-    """What a loss returned, if it is one loss a pair."""
-    if not isinstance(losses, Tensor) or losses.shape != like.shape:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"{fn}: the loss must return one loss a pair, {tuple(like.shape)}; got {got}")
-    return losses
+    return terms(fn, chosen, pairs, beta=beta), *rewards(pairs, beta)

@@ -4,6 +4,8 @@
 and None stands for an optional argument that was not given.
 """
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,13 @@ def rank(fn: str, wanted: tuple[int, ...], **arguments: Tensor | None) -> None:
         if value.dim() not in wanted:
             ranks = " or ".join(map(str, wanted))
             raise ValueError(f"{fn}: {name} must have {ranks} dimensions; got shape {_shape(value)}")
+
+
+def number(fn: str, **arguments: float) -> None:
+    """Each argument is a number: no tensor, whose gradient would be lost."""
+    for name, value in arguments.items():
+        if isinstance(value, bool | Tensor) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{fn}: {name} must be a number; got {type(value).__name__}")
 
 
 def between(fn: str, low: float, high: float, **arguments: float) -> None:

@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -75,8 +75,8 @@ def flatten(
         raise ValueError(
             f"{fn}: weight must be (V, {hidden.shape[-1]}), as hidden is (..., H); got {tuple(weight.shape)}"
         )
-    if vocab_size == 0:
-        raise ValueError(f"{fn}: weight must have at least one row; got {tuple(weight.shape)}")
+    if vocab_size == 0 or hidden_size == 0:
+        raise ValueError(f"{fn}: weight must be (V, H) with V, H >= 1; got {tuple(weight.shape)}")
     if bias is not None and bias.shape[0] != vocab_size:
         raise ValueError(f"{fn}: bias must be ({vocab_size},), the rows of weight; got {tuple(bias.shape)}")
     _check.integer(fn, targets=targets, rows=rows, cu_seqlens=cu_seqlens)
@@ -85,8 +85,9 @@ def flatten(
     check_bending(fn, softcap, logit_scale)
     if workspace is None:
         workspace = default_workspace(hidden.device)
-    elif workspace < MIB:
-        raise ValueError(f"{fn}: workspace is in bytes and must be at least 1 MiB; got {workspace}")
+    check_workspace(fn, workspace)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"{fn}: ignore_index must be an int; got {type(ignore_index).__name__}")
     return FlatHead(
         hidden.reshape(-1, hidden_size),
         weight,
@@ -133,6 +134,10 @@ def _check_layout(fn: str, hidden: Tensor, targets: Tensor, rows: Tensor | None,
             raise ValueError(f"{fn}: cu_seqlens wants packed hidden (N, H); got {shape}")
         if cu_seqlens.numel() == 0:
             raise ValueError(f"{fn}: cu_seqlens must be (S + 1,), starting with 0; got an empty tensor")
+        if not torch.compiler.is_compiling() and not cu_seqlens.is_cuda:
+            bounds, total = cu_seqlens.tolist(), targets.shape[0]
+            if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
+                raise ValueError(f"{fn}: cu_seqlens must rise from 0 to the number of targets, {total}; got {bounds}")
 
 
 def without_autocast(f: F) -> F:
@@ -147,11 +152,28 @@ def without_autocast(f: F) -> F:
     return run  # type: ignore[return-value]
 
 
+def check_workspace(fn: str, workspace: int) -> None:
+    if not isinstance(workspace, int):
+        raise TypeError(f"{fn}: workspace must be an int, in bytes; got {type(workspace).__name__}")
+    if not MIB <= workspace < 2**60:
+        raise ValueError(f"{fn}: workspace is in bytes and must be at least 1 MiB; got {workspace}")
+
+
+def check_outputs(fn: str, outputs: Collection[str]) -> None:
+    if isinstance(outputs, str):
+        raise TypeError(f"{fn}: outputs must be a collection of names; got the string {outputs!r}")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"{fn}: outputs must be among {', '.join(OUTPUTS)}; got {unknown[0]!r}")
+
+
 def check_bending(fn: str, softcap: float | None, logit_scale: float) -> None:
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{fn}: softcap must be > 0 and finite, or None; got {softcap}")
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"{fn}: logit_scale must be finite; got {logit_scale}")
+    _check.number(fn, logit_scale=logit_scale, **({} if softcap is None else {"softcap": softcap}))
+    # comparisons, which torch.compile can trace, and bounds within fp32
+    if softcap is not None and not 1e-30 < softcap < 1e30:
+        raise ValueError(f"{fn}: softcap must be in (1e-30, 1e30), or None; got {softcap}")
+    if not -1e30 < logit_scale < 1e30:
+        raise ValueError(f"{fn}: logit_scale must be finite and below 1e30; got {logit_scale}")
 
 
 def inverse(fn: str, temperature: float | Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -165,8 +187,9 @@ def inverse(fn: str, temperature: float | Tensor, hidden: Tensor, targets: Tenso
             )
         _check.same_device(fn, hidden=hidden, temperature=temperature)
         return (1 / temperature.detach().to(dtype)).expand(targets.shape).reshape(-1)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{fn}: temperature must be > 0 and finite; got {temperature}")
+    _check.number(fn, temperature=temperature)
+    if not 1e-30 < temperature < 1e30:
+        raise ValueError(f"{fn}: temperature must be in (1e-30, 1e30); got {temperature}")
     return torch.full((targets.numel(),), 1 / temperature, dtype=dtype, device=hidden.device)
 
 

@@ -1,6 +1,7 @@
 """Per-token log-probabilities of a linear head as a differentiable op, without the logits."""
 
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -10,8 +11,6 @@ from fastpref.kernels import head as driver
 from fastpref.kernels.reference.linear_logps import linear_logps as reference
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
-
-SCORE_TOKENS = 4096  # rows of one pass that stores no chunk
 
 
 class LogPs(NamedTuple):
@@ -24,7 +23,15 @@ class LogPs(NamedTuple):
     is_top1: Tensor | None = None  # bool: no logit is above the target's
 
 
+@overload
 def linear_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, outputs: tuple[()] = ..., **options: Any
+) -> Tensor: ...
+@overload
+def linear_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, outputs: Collection[str], **options: Any
+) -> LogPs: ...
+def linear_logps(  # type: ignore[misc]  # the options written out once, here
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -34,7 +41,7 @@ def linear_logps(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    outputs: tuple[str, ...] | list[str] | set[str] = (),
+    outputs: Collection[str] = (),
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     workspace: int | None = None,
@@ -69,9 +76,7 @@ def linear_logps(
         ValueError: shapes, devices or options do not fit, a target is out of range, or weight is a DTensor.
         TypeError: dtypes differ or are not supported.
     """
-    unknown = [name for name in outputs if name not in _head.OUTPUTS]
-    if unknown:
-        raise ValueError(f"linear_logps: outputs must be among {', '.join(_head.OUTPUTS)}; got {unknown[0]!r}")
+    _head.check_outputs("linear_logps", outputs)
     flat = _head.flatten(
         "linear_logps",
         hidden,
@@ -139,8 +144,11 @@ def _op(
     top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
     state = hidden.new_zeros((3, targets.numel()), dtype=dtype)
     unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
-    stored = driver.chunk_tokens(weight.shape[1], weight.shape[0], weight.dtype, workspace)
-    for part in driver.split(index, stored if unit_d_hidden else SCORE_TOKENS):
+    vocab_size, hidden_size = weight.shape
+    size = driver.score_tokens(hidden_size, vocab_size, workspace)
+    if unit_d_hidden:
+        size = driver.chunk_tokens(hidden_size, vocab_size, weight.dtype, workspace)
+    for part in driver.split(index, size):
         rows_here = problem.gather(part)
         chunk = run.new_chunk(part.numel(), weight) if unit_d_hidden else None
         scores = driver.score(run, head, rows_here, chunk)
@@ -166,6 +174,7 @@ def _(fn: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # options: softcap, logit_scale, ignore_index, workspace, deterministic, check_finite, backend
     _, hidden, weight, bias, targets, rows, inv_temperature, *ctx.options, unit_d_hidden = inputs
     logps, entropy, *_, state, unit = output
     ctx.unit_d_hidden = unit_d_hidden
@@ -183,7 +192,8 @@ def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
     if grad_logps is None:
         grad_logps = torch.zeros_like(logps)
     if ctx.unit_d_hidden and grad_entropy is None:
-        d_hidden = _scale_unit(unit, grad_logps, rows, hidden)
+        live = (targets != ctx.options[2]) & (grad_logps != 0)
+        d_hidden = _scale_unit(unit, grad_logps, live, rows, hidden)
         return (None, d_hidden, *(None,) * 13)
     found = _backward_op(
         grad_logps,
@@ -207,9 +217,9 @@ def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
     )
 
 
-def _scale_unit(unit: Tensor, grad_logps: Tensor, rows: Tensor | None, hidden: Tensor) -> Tensor:
+def _scale_unit(unit: Tensor, grad_logps: Tensor, live: Tensor, rows: Tensor | None, hidden: Tensor) -> Tensor:
     """dL/dhidden: the rows of dlogp/dhidden scaled, and added up where one row of hidden serves several targets."""
-    scaled = unit * grad_logps[:, None]
+    scaled = torch.where(live[:, None], unit * grad_logps[:, None], 0.0)  # 0 times NaN is NaN
     if rows is not None:
         scaled = torch.zeros(hidden.shape, dtype=unit.dtype, device=unit.device).index_add_(0, rows, scaled)
     return scaled.to(hidden.dtype)

@@ -1,5 +1,6 @@
 """Per-token log-probabilities from logits that already exist, as a differentiable op."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def selective_logps(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    outputs: tuple[str, ...] | list[str] | set[str] = (),
+    outputs: Collection[str] = (),
     check_finite: bool = False,
     backend: str | None = None,
 ) -> Tensor | LogPs:
@@ -41,9 +42,7 @@ def selective_logps(
         TypeError: a dtype is not supported.
     """
     fn = "selective_logps"
-    unknown = [name for name in outputs if name not in _head.OUTPUTS]
-    if unknown:
-        raise ValueError(f"{fn}: outputs must be among {', '.join(_head.OUTPUTS)}; got {unknown[0]!r}")
+    _head.check_outputs(fn, outputs)
     _check.tensors(fn, logits=logits, targets=targets)
     if backend is not None and backend not in ("torch", "reference"):
         raise ValueError(f"{fn}: backend must be None, 'torch' or 'reference'; got {backend!r}")

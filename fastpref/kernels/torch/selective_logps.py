@@ -23,14 +23,15 @@ def selective_logps(
     top1 = torch.zeros(targets.shape, dtype=torch.bool, device=logits.device)
     for part in _blocks(index, logits.shape[1]):
         z, _ = _bend(logits[part].to(dtype), inv_temperature[part], softcap, logit_scale)
-        shift, e, d, e_y, rest = _anchored(z, targets[part])
+        label_d, e, d, rest = _anchored(z, targets[part])
+        e_y = label_d.exp()
         total = e_y + rest
-        log_total = torch.where(shift == 0, torch.log1p(rest), total.log())
-        out[0][part] = -shift - log_total
-        out[1][part] = (log_total - ((e * d).sum(-1) - e_y * shift) / total).clamp(min=0)
+        log_total = torch.where(label_d == 0, torch.log1p(rest), total.log())
+        out[0][part] = label_d - log_total
+        out[1][part] = (log_total - ((e * d).sum(-1) + e_y * label_d.clamp(min=-200.0)) / total).clamp(min=0)
         out[2][part] = ((e * e).sum(-1) + e_y * e_y).log() - 2 * log_total
         out[3][part] = z.mean(-1)
-        top1[part] = (d <= -shift[:, None]).all(-1)
+        top1[part] = (d <= label_d[:, None]).all(-1)
     return *out, top1
 
 
@@ -50,7 +51,8 @@ def d_logits(
     out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     for part in _blocks(index, logits.shape[1]):
         z, slope = _bend(logits[part].to(logps.dtype), inv_temperature[part], softcap, logit_scale)
-        _, e, d, e_y, rest = _anchored(z, targets[part])
+        label_d, e, d, rest = _anchored(z, targets[part])
+        e_y = label_d.exp()
         g, total = grad_logps[part], e_y + rest
         if grad_entropy is None:
             dz, at_label = e.mul_((-g / total)[:, None]), g * rest / total
@@ -82,13 +84,16 @@ def _bend(
     return u * inv_temperature[:, None], slope
 
 
-def _anchored(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(shift, e, d, e_y, rest): the anchor less z_y, e = exp(d) and d = z - anchor at v != y, e_y, and the sum of e."""
+def _anchored(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(z_y - anchor, and at v != y e = exp(d) and d = z - anchor, and the sum of e)."""
     y = targets[:, None]
-    d = z - z.gather(1, y)
+    z_y = z.gather(1, y)[:, 0]
+    anchor = torch.where(z_y.isneginf(), 0.0, z_y)
+    d = z - anchor[:, None]
     d.scatter_(1, y, -torch.inf)
     highest = d.amax(-1)
-    shift = torch.where(highest > FAR, highest, 0.0)
+    # held at 0 where all else is -inf, too
+    shift = torch.where(((highest > FAR) | z_y.isneginf()) & ~highest.isneginf(), highest, 0.0)
     d -= shift[:, None]
     e = d.exp()
-    return shift, e, d.clamp_(min=-200.0), (-shift).exp(), e.sum(-1)
+    return z_y - anchor - shift, e, d.clamp_(min=-200.0), e.sum(-1)

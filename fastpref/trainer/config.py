@@ -1,0 +1,176 @@
+"""Options: a dataclass, filled from a YAML file and the command line.
+
+A field is written `name: type = option(default, "one line of meaning")`. Its name is the option's name on the command
+line (`--name value`), in the YAML file (`name: value`) and in Python. The command line overrides the file.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import shlex
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+T = TypeVar("T")
+
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def option(default: T, meaning: str, *, alias: str | None = None) -> T:
+    """A dataclass field with this default and meaning; `alias` is a second name on the command line."""
+    metadata = {"meaning": meaning, "alias": alias}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def given_options(options: type, argv: Sequence[str], *, prog: str, description: str) -> dict[str, Any]:
+    """The options that a command line sets, name to converted value; those it leaves out are absent.
+
+    Args:
+        options: the dataclass whose fields are the options.
+        argv: the words after the command's name. `--config FILE` reads a YAML file first.
+        prog, description: shown by `--help`.
+    Raises:
+        SystemExit: as argparse does, after printing what is wrong: an unknown name, a value of another type.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} [--config FILE] [--OPTION VALUE] ...",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=36),
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, help="a YAML file of these options; this line overrides it"
+    )
+    kinds = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        _add_argument(parser, field, kinds[field.name])
+    # --learning-rate is --learning_rate, as in the transformers command lines
+    argv = [_underscored(word) for word in argv]
+    parsed, unknown = parser.parse_known_args(argv)
+    line = vars(parsed)
+    config = line.pop("config")
+    try:
+        if unknown:
+            raise ValueError(_unknown(unknown[0], kinds))
+        given = read_yaml(options, config) if config else {}
+        given.update({name: convert(name, value, kinds[name]) for name, value in line.items()})
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return given
+
+
+def read_yaml(options: type, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options that a YAML file sets, name to converted value; an unknown key is a ValueError."""
+    import yaml  # a requirement of the trainer only
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            found = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not YAML: {error}") from error
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: wanted one `option: value` a line; got {type(found).__name__}")
+    kinds = typing.get_type_hints(options)
+    for name in found:
+        if name not in kinds:
+            raise ValueError(f"{path}: {_unknown(str(name), kinds)}")
+    return {name: convert(name, value, kinds[name]) for name, value in found.items()}
+
+
+def as_command(prog: str, options: Any) -> str:
+    """The command line that sets these options; those at their default are left out."""
+    words: list[str] = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            words += [f"--{field.name}", *map(_as_text, value if isinstance(value, list) else [value])]
+    return f"{prog} {shlex.join(words)}"
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """`value`, a text or what YAML made of it, as the annotated type `kind`; a ValueError says what was wanted."""
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if types.NoneType in members and (value is None or value in ("none", "null")):
+        return None
+    for member in members:
+        try:
+            return _as(value, member)
+        except (TypeError, ValueError):
+            continue
+    raise ValueError(f"{name}: wanted {' or '.join(map(_describe, members))}; got {value!r}")
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value).removesuffix(".0")
+
+
+def _as(value: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if get_origin(kind) is list:
+        return [_as(item, get_args(kind)[0]) for item in (value if isinstance(value, list) else [value])]
+    if kind is bool:
+        return value if isinstance(value, bool) else TRUTH[value.lower()] if value in TRUTH else _refuse()
+    # YAML reads 1e-6, without a point, as text: text is therefore welcome where a number is wanted
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return kind(value) if kind is float or not isinstance(value, float) else _refuse()
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    return _refuse()
+
+
+def _refuse() -> typing.NoReturn:
+    raise TypeError
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is list:
+        return f"a list of {_describe(get_args(kind)[0])}"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "none"}
+    return names.get(kind, str(kind))
+
+
+def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    how: dict[str, Any] = {}
+    if bool in members:
+        how = {"nargs": "?", "const": True}
+    elif any(get_origin(member) is list for member in members):
+        how = {"nargs": "+", "action": _OneOrMore}
+    alias = field.metadata["alias"]
+    parser.add_argument(
+        f"--{field.name}",
+        *([f"--{alias}"] if alias else []),
+        dest=field.name,
+        default=argparse.SUPPRESS,
+        metavar=field.name.rsplit("_", 1)[-1].upper(),
+        help=f"{field.metadata['meaning']} ({_as_text(field.default)})".replace("%", "%%"),
+        **how,
+    )
+
+
+class _OneOrMore(argparse.Action):
+    """One word stays a word, several are a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def _unknown(name: str, kinds: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name.lstrip("-").partition("=")[0], kinds, n=1)
+    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(kinds)}")

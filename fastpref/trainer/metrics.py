@@ -1,0 +1,136 @@
+"""Metrics of a run: exact means, and where they go: `metrics.jsonl`, the terminal, a tracker."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+Sums = dict[str, list[float]]  # metric -> [weighted sum, weight]
+
+
+class Tally:
+    """Weighted sums of the metrics of some batches, kept on the device until `reduced`.
+
+    A mean of the means of unequal batches is not the mean, so each metric is weighed by what it is a mean over: pairs,
+    scored tokens, or the chosen (rejected) ones among them.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._values: list[Tensor] = []  # (2,) each: value and weight
+
+    def add(self, metrics: Mapping[str, Tensor], targets: Tensor) -> None:
+        """Adds the metrics of a batch of B pairs; targets (2B, T), -100 where nothing is predicted."""
+        pairs = targets.new_tensor(len(targets) // 2)
+        chosen, rejected = (targets != -100).view(2, -1).sum(-1)
+        weight = {"entropy": chosen + rejected, "mean_token_accuracy": chosen}
+        weight |= {"logits/chosen": chosen, "logits/rejected": rejected}
+        for name, value in metrics.items():
+            self._names.append(name)
+            self._values.append(torch.stack([value.detach().float(), weight.get(name, pairs).float()]))
+
+    def reduced(self) -> Sums:
+        """The sums over all batches and processes. Every process calls this; the host waits for the device once."""
+        values = torch.stack(self._values).tolist() if self._values else []
+        mine: Sums = {}
+        for name, (value, weight) in zip(self._names, values, strict=True):
+            mine = merged(mine, {name: [value * weight, weight]})
+        # objects and not tensors: a process that had no batch has no names either
+        return reduce(merged, gather_object([mine]))
+
+
+def merged(a: Sums, b: Sums) -> Sums:
+    """The sums of both."""
+    zero = [0.0, 0.0]
+    return {name: [x + y for x, y in zip(a.get(name, zero), b.get(name, zero), strict=True)] for name in {**a, **b}}
+
+
+def means(sums: Sums) -> dict[str, float]:
+    """Metric name to weighted mean."""
+    return {name: total / weight for name, (total, weight) in sums.items()}
+
+
+class MetricsLog:
+    """A run's lines of metrics. Every process may call it; the main one writes.
+
+    `metrics.jsonl` holds one JSON object a line, in the order of the steps. After a resumption it holds what an
+    uninterrupted run would have written.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, path: Path, *, steps: int, steps_per_epoch: int, keep_through: int | None
+    ) -> None:
+        """Starts the file anew, or keeps its lines through step `keep_through`: what came later happens again."""
+        self._accelerator, self._steps, self._steps_per_epoch = accelerator, steps, steps_per_epoch
+        self.path, self._main = path, accelerator.is_main_process
+        # off a terminal no bar is drawn (None: tqdm looks), and the printed lines remain
+        self._bar = tqdm(total=steps, initial=keep_through or 0, unit="step", disable=None if self._main else True)
+        if self._main:
+            kept = [] if keep_through is None else [line for line in read_metrics(path) if line["step"] <= keep_through]
+            aside = path.with_suffix(".partial")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(aside, path)
+            self._file = path.open("a")
+
+    def __call__(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Appends a line, shows its main figures and passes it to the tracker."""
+        line = {"step": step, "epoch": step / self._steps_per_epoch, **values}
+        self._accelerator.log(line, step=step)
+        if self._main:
+            # JSON has no word for what is not finite (a gradient norm under float16)
+            sound = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            try:
+                self._file.write(json.dumps(sound) + "\n")
+                self._file.flush()
+            except OSError as error:
+                # a line cut short by a full disk is left out by the next resumption
+                raise OSError(f"MetricsLog: could not write {self.path}: {error}") from error
+            self._bar.write(shown(line, self._steps))
+            sys.stdout.flush()  # into a log file too
+
+    def advance(self) -> None:
+        """Moves the progress bar by a step."""
+        self._bar.update()
+
+    def sync(self) -> None:
+        """Returns when every line is on the disk: before a checkpoint that promises them."""
+        if self._main:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Ends the progress bar, the trackers and the file."""
+        self._bar.close()
+        # not end_training(), which also destroys the process group: under a living DDP model that can deadlock (gloo)
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        if self._main:
+            self._file.close()
+
+
+def shown(line: Mapping[str, Any], steps: int) -> str:
+    """`step  10/60  training  loss 0.6911  margin 0.0042  accuracy 0.525 ...`, for the terminal."""
+    kind = "eval_" if "eval_loss" in line else ""
+    loss, margin, accuracy = (line[kind + name] for name in ("loss", "rewards/margins", "rewards/accuracies"))
+    figures = [f"loss {loss:.4f}", f"margin {round(margin, 4) + 0.0:+.4f}"]  # + 0.0: no -0.0000
+    figures += ["accuracy  ties" if accuracy is None else f"accuracy {accuracy:5.3f}"]
+    if not kind:
+        figures += [f"grad {line['grad_norm']:.3g}", f"lr {line['learning_rate']:.2e}"]
+    where = f"step {line['step']:{len(str(steps))}}/{steps}"
+    return "  ".join([where, "held out" if kind else "training", *figures])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without a last one that a kill cut short; damage elsewhere is a ValueError."""
+    *lines, _ = path.read_text().split("\n")  # past the last newline: nothing, or a line never finished
+    return [json.loads(line) for line in lines]

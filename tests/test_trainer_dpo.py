@@ -1,0 +1,371 @@
+"""`fastpref dpo` on a random Llama of 17 thousand parameters: what it learns, resumes, saves and refuses."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+import peft
+import transformers
+from accelerate import Accelerator
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import fastpref
+from fastpref.losses.preference import Pairs
+from fastpref.trainer.batches import my_batches, pairs_of_step
+from fastpref.trainer.config import as_command
+from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
+from fastpref.trainer.dpo import DPOOptions, train
+from fastpref.trainer.metrics import MetricsLog, read_metrics
+from fastpref.trainer.start import split_by_prompt
+
+ROOT = Path(fastpref.__file__).parents[1]
+WORDS = ["<unk>", "<eos>", "<pad>", *"a b c d e f g h good bad film is very the".split()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with `model` and `pairs.jsonl`: "good" is preferred to "bad", each after nought to three words."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(WORDS), **sizes, tie_word_embeddings=True, eos_token_id=1, pad_token_id=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder / "model")
+    draw = random.Random(0)
+    rows = [
+        {
+            "prompt": " ".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) + " film is",
+            "chosen": " very" * draw.randint(0, 3) + " good",
+            "rejected": " the" * draw.randint(0, 3) + " bad",
+        }
+        for _ in range(64)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def options(tiny, output_dir, **given):
+    """12 steps of 4 pairs, fast enough to watch the loss fall."""
+    small = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "test_split_size": 16}
+    small |= {"logging_steps": 3, "gradient_checkpointing": False}
+    sources = {"model_name_or_path": str(tiny / "model"), "dataset_name": str(tiny / "pairs.jsonl")}
+    return DPOOptions(**{**small, **sources, "output_dir": str(output_dir), **given})
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def assert_same_weights(a, b, **tolerance):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory):
+    """The run that others are compared with, left whole."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, train(options(tiny, folder, save_steps=5))
+
+
+def test_the_held_out_loss_falls_and_the_model_loads_in_plain_transformers(plain, tiny):
+    folder, outcome = plain
+    assert outcome.before["eval_loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert outcome.before["eval_rewards/accuracies"] is None
+    assert outcome.after["eval_loss"] < 0.6
+    assert outcome.after["eval_rewards/accuracies"] > 0.9
+    model = AutoModelForCausalLM.from_pretrained(outcome.model_dir)
+    assert type(model) is LlamaForCausalLM
+    assert model.state_dict().keys() == weights(tiny / "model").keys()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = AutoTokenizer.from_pretrained(outcome.model_dir)("a b film is", return_tensors="pt").input_ids
+    # the tuned model says what was preferred
+    logits = model(ids).logits[0, -1]
+    assert max(logits[WORDS.index("good")], logits[WORDS.index("very")]) > logits[WORDS.index("bad")]
+    assert (folder / "training.png").stat().st_size > 10_000
+
+
+def test_metrics_have_the_names_of_trl(plain):
+    lines = read_metrics(plain[0] / "metrics.jsonl")
+    sides = ["rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected"]
+    shared = {"loss", "rewards/accuracies", "rewards/margins", "entropy", "mean_token_accuracy", *sides}
+    assert [line["step"] for line in lines] == [0, 3, 6, 9, 12, 12]
+    assert lines[1].keys() == {"step", "epoch", "grad_norm", "learning_rate", "num_tokens", *shared}
+    assert lines[0].keys() == {"step", "epoch", *(f"eval_{name}" for name in shared)}
+    assert lines[4]["epoch"] == 1.0
+    assert lines[0]["eval_rewards/accuracies"] is None
+
+
+def test_the_loss_is_that_of_plain_pytorch(tiny, plain):
+    """Step 12's held-out loss from the saved models' own logits."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(f) for f in (plain[1].model_dir, tiny / "model"))
+    pairs, _ = tokenize_pairs(load_preferences(str(tiny / "pairs.jsonl")), tokenizer)
+    _, held_out = split_by_prompt(pairs, 16, seed=42)
+
+    @torch.no_grad()
+    def logp(model, prompt, completion):
+        ids = torch.tensor([prompt + completion])
+        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+        return logps[len(prompt) - 1 :].sum()
+
+    losses = []
+    for pair in held_out:
+        chosen, rejected = (
+            logp(policy, pair.prompt_ids, ids) - logp(reference, pair.prompt_ids, ids)
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        )
+        losses.append(-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)))
+    assert plain[1].after["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("split", [{"per_device_train_batch_size": 2}, {"per_device_train_batch_size": 1}], ids=str)
+def test_accumulated_batches_are_one_batch(tiny, plain, tmp_path, split):
+    steps = 4 // split["per_device_train_batch_size"]
+    train(options(tiny, tmp_path, **split, gradient_accumulation_steps=steps))
+    # AdamW turns the rounding of a gradient near 0 into a step of any size up to the learning rate, 3e-3
+    assert_same_weights(tmp_path / "model", plain[0] / "model", rtol=0, atol=2e-5)
+    for ours, theirs in zip(*(read_metrics(f / "metrics.jsonl") for f in (tmp_path, plain[0])), strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4, nan_ok=False)
+
+
+def test_two_batches_of_one_pair_make_the_step_of_one_batch_of_two(tiny, tmp_path):
+    once = {"max_steps": 1, "lr_scheduler_type": "constant", "test_split_size": 0}
+    train(options(tiny, tmp_path / "1x2", per_device_train_batch_size=2, **once))
+    train(options(tiny, tmp_path / "2x1", per_device_train_batch_size=1, gradient_accumulation_steps=2, **once))
+    assert_same_weights(tmp_path / "1x2/model", tmp_path / "2x1/model", rtol=0, atol=1e-6)
+
+
+def test_two_processes_make_the_run_of_one(tiny, plain, tmp_path):
+    given = options(tiny, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    run_command(given, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
+    assert_same_weights(tmp_path / "model", plain[0] / "model", rtol=0, atol=2e-5)
+    for ours, theirs in zip(*(read_metrics(f / "metrics.jsonl") for f in (tmp_path, plain[0])), strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+def run_command(given, *extra, launcher=(), kill_at=None):
+    """`fastpref dpo` in a process of its own; killed when its metrics reach the step `kill_at`."""
+    words = as_command("dpo", given).split()
+    command = [sys.executable, *launcher, "-m", "fastpref", *words, *extra]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = str(ROOT)
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        metrics = Path(given.output_dir, "metrics.jsonl")
+        while kill_at is not None and process.poll() is None:
+            if metrics.exists() and any(line["step"] >= kill_at for line in read_metrics(metrics)):
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), output
+    return output
+
+
+def test_killed_and_resumed_is_uninterrupted(tiny, tmp_path, capsys):
+    """SIGKILL somewhere past step 9, and a damaged last checkpoint: the metrics are the same to the byte."""
+    long = {"max_steps": 60, "save_steps": 4, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 7}
+    long |= {"use_peft": True, "lora_dropout": 0.3, "lora_target_modules": ["q_proj", "v_proj"], "learning_rate": 0.02}
+    train(options(tiny, tmp_path / "whole", **long))
+    run_command(options(tiny, tmp_path / "killed", **long), kill_at=9)
+    killed_at = read_metrics(tmp_path / "killed/metrics.jsonl")[-1]["step"]
+    assert 9 <= killed_at < 60
+    last = max((tmp_path / "killed").glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+    (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:-1])
+    capsys.readouterr()
+    train(options(tiny, tmp_path / "killed", **long, resume_from_checkpoint=True))
+    said = capsys.readouterr().out
+    assert f"passing over {last}: state.pt is not as it was written" in said
+    assert f"resuming  after step {int(last.name.split('-')[1]) - 4}," in said
+    assert (tmp_path / "killed/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    # and an adapter is what was saved
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    adapters = [peft.PeftModel.from_pretrained(base, tmp_path / f / "model").state_dict() for f in ("whole", "killed")]
+    changed = [name for name in adapters[0] if "lora_B" in name and adapters[0][name].any()]
+    assert changed
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_resume_refuses_another_run(tiny, plain):
+    with pytest.raises(ValueError, match=r"checkpoint-10, which was written with beta 0.1 \(now 0.2\)$"):
+        train(options(tiny, plain[0], save_steps=5, beta=0.2, resume_from_checkpoint=True))
+
+
+def test_resume_from_a_path_and_removal_of_what_came_later(tiny, plain, tmp_path):
+    first = options(tiny, tmp_path, save_steps=5)
+    train(first)
+    train(options(tiny, tmp_path, save_steps=100, resume_from_checkpoint=str(tmp_path / "checkpoint-5")))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert (tmp_path / "metrics.jsonl").read_text() == (plain[0] / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="must be a checkpoint in output_dir"):
+        train(options(tiny, tmp_path, resume_from_checkpoint=str(plain[0] / "checkpoint-5")))
+
+
+def test_resume_without_a_checkpoint_starts_and_says_so(tiny, tmp_path, capsys):
+    train(options(tiny, tmp_path, max_steps=1, resume_from_checkpoint=True))
+    assert f"no whole checkpoint in {tmp_path}: starting from the beginning" in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tiny, plain, tmp_path):
+    with pytest.raises(ValueError, match=r"holds a run \(model\).*--resume_from_checkpoint.*--overwrite_output_dir"):
+        train(options(tiny, plain[0]))
+    train(options(tiny, tmp_path, max_steps=2, save_steps=1))
+    train(options(tiny, tmp_path, max_steps=1, overwrite_output_dir=True))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_only_the_last_checkpoints_are_kept(tiny, tmp_path):
+    train(options(tiny, tmp_path, save_steps=3, save_total_limit=2))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
+
+
+def test_nonfinite_loss_stops_with_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    from fastpref.trainer import dpo
+
+    original, calls = dpo.linear_preference_loss, []
+
+    def breaks_at_step_8(*args, **kwargs):
+        calls.append(kwargs["num_items"])
+        out = original(*args, **kwargs)
+        return out._replace(loss=out.loss * float("nan")) if sum(n is not None for n in calls) == 8 else out
+
+    monkeypatch.setattr(dpo, "linear_preference_loss", breaks_at_step_8)
+    message = rf"loss nan and gradient norm nan at step 8; .*Last whole checkpoint: {tmp_path}/checkpoint-6"
+    with pytest.raises(FloatingPointError, match=message):
+        train(options(tiny, tmp_path, save_steps=3))
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint-6").values())
+
+
+def test_a_loss_written_by_the_user_trains(tiny, plain, tmp_path):
+    def mine(pairs: Pairs, *, beta: float) -> Tensor:
+        return -torch.nn.functional.logsigmoid(beta * (pairs.chosen_logratios - pairs.rejected_logratios))
+
+    mine.couples = "pair"
+    outcome = train(options(tiny, tmp_path, loss_type=mine))
+    assert outcome.after == pytest.approx(plain[1].after, abs=1e-5)
+
+
+def test_losses_mix_and_a_reference_is_optional(tiny, tmp_path):
+    mixed = train(options(tiny, tmp_path / "mixed", loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 0.1], max_steps=2))
+    # log 2 + 0.1 (1 / (2 beta))^2 at margins of 0
+    assert mixed.before["eval_loss"] == pytest.approx(0.6931 + 2.5, abs=1e-3)
+    free = train(options(tiny, tmp_path / "free", reference_free=True, label_smoothing=0.1, max_steps=2))
+    assert free.before["eval_rewards/accuracies"] is not None
+
+
+def test_a_mixture_of_experts_trains_its_router_too(tiny, tmp_path):
+    """With output_router_logits in its config the model's forward returns a router loss beside ours."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    config = transformers.MixtralConfig(vocab_size=len(WORDS), **sizes, **experts)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "moe")
+    outcome = train(options(tiny, tmp_path / "run", model_name_or_path=str(tmp_path / "moe"), max_steps=2))
+    aux = read_metrics(tmp_path / "run/metrics.jsonl")[1]["aux_loss"]
+    assert aux > 0
+    assert outcome.before["eval_loss"] == pytest.approx(0.6931 + 0.001 * outcome.before["eval_aux_loss"], abs=1e-4)
+
+
+def test_mixed_precision_checkpointed_activations_and_a_tracker(tiny, tmp_path):
+    given = options(tiny, tmp_path, bf16=True, gradient_checkpointing=True, report_to="tensorboard")
+    run_command(given)  # in a process of its own: accelerate keeps one precision for the life of a process
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["eval_loss"] < 0.6
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    assert weights(tmp_path / "model")["lm_head.weight"].dtype is torch.float32
+
+
+def test_weights_in_bfloat16(tiny, tmp_path):
+    outcome = train(options(tiny, tmp_path, dtype="bfloat16"))
+    assert outcome.after["eval_loss"] < 0.6
+    assert AutoModelForCausalLM.from_pretrained(outcome.model_dir).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"beta": 0.0}, "beta must be above 0; got 0.0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be 0 or more; got -1.0"),
+        ({"max_steps": -1, "num_train_epochs": 0.0}, "num_train_epochs must be above 0"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16 exclude each other"),
+    ],
+)
+def test_options_are_checked_before_anything_runs(given, message):
+    with pytest.raises(ValueError, match=message):
+        DPOOptions(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"per_device_train_batch_size": 49}, "48 training pairs do not fill one optimizer step of 49 pairs"),
+        ({"test_split_size": 64}, "64 held-out pairs leave nothing to train on"),
+        ({"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
+        ({"report_to": "wandb"}, "report_to wandb needs: pip install wandb"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_words(tiny, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        train(options(tiny, tmp_path, **given))
+
+
+def test_metrics_say_what_json_cannot_and_a_full_disk(tmp_path):
+    log = MetricsLog(Accelerator(cpu=True), tmp_path / "m.jsonl", steps=9, steps_per_epoch=3, keep_through=None)
+    values = {"loss": 1.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5, "learning_rate": 0.1}
+    log(1, {**values, "grad_norm": float("inf")})
+    assert read_metrics(tmp_path / "m.jsonl")[0]["grad_norm"] == "inf"
+    log._file = Mock(write=Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match=r"MetricsLog: could not write .*m.jsonl: .*No space left"):
+        log(2, {**values, "grad_norm": 1.0})
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    epochs = [[pairs_of_step(step, 10, 3, seed=s) for step in range(1, 7)] for s in (1, 1, 2)]
+    assert epochs[0] == epochs[1] != epochs[2]
+    first, second = ([i for step in epochs[0][at : at + 3] for i in step] for at in (0, 3))
+    assert first != second
+    assert len(set(first)) == len(set(second)) == 9  # no pair twice, and one of ten left out
+
+
+def test_processes_share_a_step_without_gap_or_overlap():
+    class Process:
+        num_processes = 2
+
+        def __init__(self, index):
+            self.process_index = index
+
+    shares = [list(my_batches(Process(index), list(range(12)), 3)) for index in (0, 1)]
+    assert shares == [[([0, 1, 2], False), ([6, 7, 8], True)], [([3, 4, 5], False), ([9, 10, 11], True)]]
+
+
+def test_no_prompt_is_on_both_sides_of_the_split():
+    pairs = [Pair([i // 3], [i], [99]) for i in range(30)]
+    kept, held_out = split_by_prompt(pairs, 7, seed=0)
+    assert len(held_out) == 9  # three whole prompts
+    assert sorted([*kept, *held_out], key=lambda p: p.chosen_ids) == pairs
+    assert not {p.prompt_ids[0] for p in kept} & {p.prompt_ids[0] for p in held_out}
+    assert split_by_prompt(pairs, 0, seed=0) == (pairs, [])
