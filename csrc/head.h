@@ -13,8 +13,8 @@ namespace fastpref {
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // The chunk is (V, stride) with tokens contiguous; the stride is a multiple of this, and what lies past n is zero.
-constexpr int64_t kTokenPad = 48;
-// Sums are formed within this many vocabulary rows in fp32, then added in index order in fp64.
+constexpr int64_t kTokenPad = 16;
+// Sums are formed within this many vocabulary rows, then added in index order.
 constexpr int64_t kVocabBlock = 480;
 
 enum Sum : int { kSumExp = 0, kSumExpD = 1, kSumExpSq = 2, kSumZ = 3, kMaxD = 4, kSums = 5 };

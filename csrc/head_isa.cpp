@@ -36,11 +36,14 @@ constexpr int VL = 4, MR = 4, NRV = 2;
 #endif
 constexpr int NR = VL * NRV;
 constexpr int64_t KC = 256;  // of K between two fresh accumulators
+constexpr int64_t FLUSH = 8;  // vocabulary rows summed in fp32 before they are added in fp64
 constexpr int64_t MC = 96;   // rows a thread keeps close while it walks the columns
-static_assert(MC % MR == 0 && kVocabBlock % MC == 0 && kTokenPad % NR == 0, "blocks must nest");
+static_assert(MC % MR == 0 && kVocabBlock % MC == 0 && kTokenPad % VL == 0, "blocks must nest");
 
 typedef float vfloat __attribute__((vector_size(4 * VL)));
 typedef float vfloat_u __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef double vdouble __attribute__((vector_size(8 * VL)));
+typedef double vdouble_u __attribute__((vector_size(8 * VL), aligned(8), may_alias));
 typedef int32_t vint __attribute__((vector_size(4 * VL)));
 typedef uint32_t vuint __attribute__((vector_size(4 * VL)));
 typedef uint16_t vshort __attribute__((vector_size(2 * VL)));
@@ -232,16 +235,19 @@ inline void store_chunk(uint16_t* p, vfloat x) {
 // One vector of tokens against `rows` vocabulary rows of raw products c (rows, NR).
 template <bool HAS_CAP, class T>
 inline void add_rows(const Scoring& s, const float* c, int64_t first_v, int64_t rows, int64_t t, const int32_t* targets,
-                     const float* anchor, const float* inv_temperature, const float* c0, const float* c1, float* sums,
+                     const float* anchor, const float* inv_temperature, const float* c0, const float* c1, double* sums,
                      int64_t ld_sums, T* stored) {
   vint target;
   std::memcpy(&target, targets + t, sizeof target);
   const vfloat a = load(anchor + t), inv_t = load(inv_temperature + t);
   const vfloat k0 = load(c0 + t), k1 = load(c1 + t);
   const float inv_cap = HAS_CAP ? 1.f / s.softcap : 0.f;
-  float* out = sums + t;
-  // fresh registers every MC rows: entropy is the difference of two sums, and feels the length of each
-  vfloat sum{}, sum_d{}, sum_sq{}, sum_z{}, max_d = load(out + kMaxD * ld_sums);
+  double* out = sums + t;
+  auto add_to = [&](Sum which, vfloat x) {
+    *reinterpret_cast<vdouble_u*>(out + which * ld_sums) += __builtin_convertvector(x, vdouble);
+  };
+  // in fp32 over a few rows only: entropy is the difference of two sums, and feels the rounding of both
+  vfloat sum{}, sum_d{}, sum_sq{}, sum_z{}, max_d = splat(-__builtin_inff());
   for (int64_t v = 0; v < rows; ++v) {
     vfloat z = (load(c + v * NR) + (s.bias ? s.bias[first_v + v] : 0.f)) * s.logit_scale;
     vfloat slope = splat(1.f);
@@ -263,12 +269,17 @@ inline void add_rows(const Scoring& s, const float* c, int64_t first_v, int64_t 
     sum_z = sum_z + z;
     max_d = is_label ? max_d : (d > max_d ? d : max_d);
     if (stored) store_chunk(stored + (first_v + v) * s.stride + t, slope * (e * k0 + ed * k1));
+    if (v % FLUSH == FLUSH - 1 || v == rows - 1) {
+      add_to(kSumExp, sum);
+      add_to(kSumExpD, sum_d);
+      add_to(kSumExpSq, sum_sq);
+      add_to(kSumZ, sum_z);
+      sum = sum_d = sum_sq = sum_z = vfloat{};
+    }
   }
-  store(out + kSumExp * ld_sums, load(out + kSumExp * ld_sums) + sum);
-  store(out + kSumExpD * ld_sums, load(out + kSumExpD * ld_sums) + sum_d);
-  store(out + kSumExpSq * ld_sums, load(out + kSumExpSq * ld_sums) + sum_sq);
-  store(out + kSumZ * ld_sums, load(out + kSumZ * ld_sums) + sum_z);
-  store(out + kMaxD * ld_sums, max_d);
+  vdouble_u& highest = *reinterpret_cast<vdouble_u*>(out + kMaxD * ld_sums);
+  const vdouble here = __builtin_convertvector(max_d, vdouble);
+  highest = here > highest ? here : highest;
 }
 
 template <class T>
@@ -280,12 +291,12 @@ T* padded_copy(const T* x, int64_t n, int64_t padded, T fill, T* out) {
 template <class Op, class S, class T>
 void score(const Scoring& s, int threads) {
   typedef typename Op::Operand Operand;
-  const int64_t n = s.n, H = s.hidden_size, V = s.vocab_size, padded = round_up(n, kTokenPad);
+  const int64_t n = s.n, H = s.hidden_size, V = s.vocab_size, padded = round_up(n, NR);
   const int64_t steps = (H + Op::K - 1) / Op::K, panels = padded / NR, blocks = (V + kVocabBlock - 1) / kVocabBlock;
   Scratch<Operand> x(panels * steps * NR);
   Scratch<float> vectors(4 * padded);
   Scratch<int32_t> targets(padded);
-  Scratch<float> partial(blocks * kSums * padded);
+  Scratch<double> partial(blocks * kSums * padded);
   Scratch<Operand> all_rows(threads * MC * steps);
   Scratch<float> all_products(threads * MC * NR);
   const float* anchor = padded_copy(s.anchor, n, padded, __builtin_inff(), vectors.data);
@@ -304,8 +315,8 @@ void score(const Scoring& s, int threads) {
     for (int64_t p = 0; p < panels; ++p) pack_columns<Op>(hidden, H, n, H, p * NR, x.data + p * steps * NR);
 #pragma omp for schedule(dynamic)
     for (int64_t block = 0; block < blocks; ++block) {
-      float* sums = partial.data + block * kSums * padded;
-      for (int64_t i = 0; i < kSums * padded; ++i) sums[i] = i < kMaxD * padded ? 0.f : -__builtin_inff();
+      double* sums = partial.data + block * kSums * padded;
+      for (int64_t i = 0; i < kSums * padded; ++i) sums[i] = i < kMaxD * padded ? 0.0 : -__builtin_inf();
       const int64_t end = V < (block + 1) * kVocabBlock ? V : (block + 1) * kVocabBlock;
       for (int64_t v = block * kVocabBlock; v < end; v += MC) {
         const int64_t rows = end - v < MC ? end - v : MC, tall = round_up(rows, MR);
@@ -318,8 +329,9 @@ void score(const Scoring& s, int threads) {
           }
           for (int j = 0; j < NRV; ++j) {
             auto add = s.softcap > 0 ? add_rows<true, T> : add_rows<false, T>;
-            add(s, c + j * VL, v, rows, p * NR + j * VL, targets.data, anchor, inv_t, c0, c1, sums, padded,
-                static_cast<T*>(s.stored));
+            const int64_t t = p * NR + j * VL;
+            T* stored = t < s.stride ? static_cast<T*>(s.stored) : nullptr;
+            add(s, c + j * VL, v, rows, t, targets.data, anchor, inv_t, c0, c1, sums, padded, stored);
           }
         }
       }

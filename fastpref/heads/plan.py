@@ -62,7 +62,7 @@ def plan(
         raise TypeError(f"plan: dtype must be a torch.dtype; got {dtype!r}")
     if workspace is None:
         workspace = default_workspace(torch.device(device or "cpu"))
-    check_workspace("plan", workspace)
+    check_workspace("plan", workspace, vocab_size, dtype)
 
     fits = chunk_tokens(hidden_size, vocab_size, dtype, workspace)
     whole = n_tokens <= fits
@@ -76,7 +76,7 @@ def plan(
         why = "frozen head: dlogp/dhidden is formed in forward, its rows scaled in backward"
     elif whole:
         passes, stored, kept = 3, n_tokens, d_hidden
-        why = "the whole batch fits one chunk: it is kept, and backward forms the gradients from it"
+        why = "all tokens fit one chunk: it is kept, and backward forms the gradients from it"
     elif couples != "batch":
         passes, stored, kept = 3, fits, d_hidden + d_weight
         why = f"couples = {couples}: gradients are formed in forward from each chunk of whole pairs"

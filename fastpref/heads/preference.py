@@ -12,7 +12,7 @@ from fastpref.kernels.head import Scores
 from fastpref.losses._protocol import Loss, Terms, resolve
 from fastpref.losses.preference import PREFERENCE_LOSSES, Pairs, Tokens, check_beta, rewards
 from fastpref.ops import _check, _head
-from fastpref.ops.linear_logps import token_outputs
+from fastpref.ops.linear_logps import rows_of_one_chunk, token_outputs
 
 FN = "linear_preference_loss"
 REDUCTIONS = ("mean", "sum", "none")
@@ -119,15 +119,14 @@ def linear_preference_loss(
     job = _Job(terms, beta, flat.targets != ignore_index, sequence, n_pairs, *reference)
 
     trained = any(x is not None and x.requires_grad for x in (flat.weight, flat.bias)) and torch.is_grad_enabled()
-    fused = trained and reduction != "none" and flat.backend != "reference" and not torch.compiler.is_compiling()
-    if fused and n_pairs:
-        whole = terms.couples == "batch"
-        group, n_groups = (torch.zeros_like(sequence), 1) if whole else (sequence % n_pairs, n_pairs)
+    # in one chunk, under torch.compile or where all pairs are coupled, the loss stands on linear_logps
+    in_parts = not torch.compiler.is_compiling() and reduction != "none" and terms.couples != "batch"
+    if trained and in_parts and n_pairs and flat.backend != "reference" and not rows_of_one_chunk(flat):
 
         def slopes(index: Tensor, scores: Scores, first: int, last: int) -> tuple[Tensor, Tensor]:
-            return job.slopes(index, scores, *((0, n_pairs) if whole else (first, last)), scale)
+            return job.slopes(index, scores, first, last, scale)
 
-        loss, found = sweep(FN, flat, group, n_groups, slopes)
+        loss, found = sweep(FN, flat, sequence % n_pairs, n_pairs, slopes)
         pairs = job.pairs(found["logps"], found)
     else:
         found = token_outputs(FN, flat)

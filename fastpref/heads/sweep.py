@@ -1,10 +1,9 @@
-"""A loss on the log-probs of a trained head in three passes: what scored a row gives its gradient, too.
+"""A loss on the log-probs of a trained head in three passes, where its rows do not fit one chunk.
 
-Where all rows fit one chunk, the chunk is kept, and backward forms both gradient products from it, once the upstream
-factor is known. Where they do not, a chunk holds whole groups of rows (pairs; the whole batch for a loss that couples
-it): a group's log-probs give its slopes g = dL/dlogp, and its gradients are formed in forward, before the next group
-overwrites the chunk; kept are dL/dhidden and dL/dweight in fp32, multiplied in backward by the upstream factor. A group
-larger than a chunk is scored, and then scored again in pieces: one more pass for its rows.
+A chunk holds whole groups of rows (pairs). A group's log-probs give its slopes g = dL/dlogp, and its gradients are
+formed in forward, before the next group overwrites the chunk; kept are dL/dhidden and dL/dweight in fp32, multiplied
+in backward by the upstream factor. A group larger than a chunk is scored, and then scored again in pieces: one more
+pass for its rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,11 +44,8 @@ def sweep(
     capacity = driver.chunk_tokens(hidden_size, vocab_size, flat.weight.dtype, flat.workspace)
     tensors = flat.hidden, flat.weight, flat.bias, flat.targets, flat.rows, flat.inv_temperature
     form = _Form(flat.softcap, flat.logit_scale, flat.deterministic, flat.backend, flat.workspace, capacity)
-    if index.numel() <= capacity:
-        loss, *outputs = _OneChunk.apply(*tensors, index, n_groups, form, slopes)
-    else:
-        runs = list(_runs_of_groups(index, group, n_groups, capacity))
-        loss, *outputs = _ManyChunks.apply(*tensors, runs, form, slopes)
+    runs = list(_runs_of_groups(index, group, n_groups, capacity))
+    loss, *outputs = _Sweep.apply(*tensors, runs, form, slopes)
     return loss, dict(zip(("logps", *_head.OUTPUTS), outputs, strict=True))
 
 
@@ -72,42 +68,12 @@ class _Form(NamedTuple):
         rows: Tensor | None,
         inv_temperature: Tensor,
     ) -> tuple[driver.Kernels, driver.Problem]:
-        head = driver.Head(weight, bias, self.softcap, self.logit_scale, self.deterministic)
+        head = driver.Head(weight, bias, self.softcap, self.logit_scale, self.workspace, self.deterministic)
         run: Any = kernels.choose("head", hidden.device.type, self.backend)
         return run, driver.Problem(hidden, head, targets, rows, inv_temperature)
 
 
-class _OneChunk(torch.autograd.Function):
-    """The chunk, at most `workspace` bytes, lives until backward."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, index, n_groups, form, slopes = arguments
-        run, problem = form.problem(*tensors)
-        with torch.autocast(problem.hidden.device.type, enabled=False):
-            chunk = run.new_chunk(index.numel(), problem.head.weight)
-            scores = driver.score(run, problem.head, problem.gather(index), chunk)
-            loss, slope = slopes(index, scores, 0, n_groups)
-        ctx.form = form
-        ctx.save_for_backward(*tensors, index, chunk, slope, *scores)
-        return loss, *_outputs(ctx, problem, [index], [scores])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None) -> tuple[Any, ...]:
-        # read once: under a checkpoint each reading unpacks
-        hidden, weight, bias, targets, rows, inv_temperature, index, chunk, slope, *scored = ctx.saved_tensors
-        run, problem = ctx.form.problem(hidden, weight, bias, targets, rows, inv_temperature)
-        g = torch.zeros_like(slope) if grad_loss is None else grad_loss * slope
-        if grad_logps is not None:
-            g = g + grad_logps[index]
-        scores, upstream = driver.Scores(*scored), driver.Upstream(g, None)
-        with torch.autocast(hidden.device.type, enabled=False):
-            found = driver.gradients_of_chunk(run, problem, index, scores, upstream, chunk, ctx.needs_input_grad[:3])
-        return (*found, *(None,) * 7)
-
-
-class _ManyChunks(torch.autograd.Function):
+class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, runs, form, slopes = arguments
@@ -128,7 +94,7 @@ class _ManyChunks(torch.autograd.Function):
                 if chunk is not None:
                     gradients.add(run, problem, index, scores, upstream, chunk)
                 else:
-                    driver.backward(run, problem, index, scores, upstream, gradients, form.workspace)
+                    driver.backward(run, problem, index, scores, upstream, gradients)
                 found.append(scores)
         parts = [index for index, _, _ in runs]
         every = driver.Scores(*(torch.cat(some) for some in zip(*found, strict=True)))
@@ -148,7 +114,7 @@ class _ManyChunks(torch.autograd.Function):
             extra = driver.Gradients.zeros(problem, *ctx.needs_input_grad[:3])
             scores, upstream = driver.Scores(*scored), driver.Upstream(grad_logps[index], None)
             with torch.autocast(hidden.device.type, enabled=False):
-                driver.backward(run, problem, index, scores, upstream, extra, ctx.form.workspace)
+                driver.backward(run, problem, index, scores, upstream, extra)
         both = ((d_hidden, extra.hidden), (d_weight, extra.weight), (d_bias, extra.bias))
         return (*(_combine(formed, grad_loss, more, hidden.dtype) for formed, more in both), *(None,) * 6)
 

@@ -11,7 +11,7 @@ A row whose S' passes 2^40 is scored once more, anchored at its maximum: its e w
 A chunk stores F_v = e_v (1 - tanh^2), label entry zero; the label's rank-one terms are added in fp32. DESIGN section 4.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 RESCORE_ABOVE = 2.0**40  # of S'; 27.7 nats
-ROW_BLOCK = 48  # a chunk of the C++ kernels is padded to a multiple of this
+# columns of a register tile of the C++ kernels, and of one of its vectors: a chunk is padded to the latter
+ROW_BLOCK, SMALL_BLOCK = 48, 16
 MIB = 2**20
-SLAB_BYTES = 16 * MIB  # of a weight gradient held in fp32 before it is rounded
 
 
 class Head(NamedTuple):
@@ -31,7 +31,13 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,)
     softcap: float | None
     logit_scale: float
+    workspace: int  # bytes for the buffers of one chunk
     deterministic: bool = False
+
+    @property
+    def slab_bytes(self) -> int:
+        """Of one fp32 temporary beside a chunk; a handful live at once."""
+        return self.workspace // 32
 
 
 class Sums(NamedTuple):
@@ -131,19 +137,27 @@ def default_workspace(device: torch.device) -> int:
 
 
 def chunk_tokens(hidden_size: int, vocab_size: int, dtype: torch.dtype, workspace: int) -> int:
-    """Rows of a stored chunk that fit in `workspace` bytes: a multiple of ROW_BLOCK, and at least one of it."""
+    """Rows of a stored chunk: what fits 3/4 of `workspace`, the rest for temporaries; at least SMALL_BLOCK."""
     row = vocab_size * chunk_dtype(dtype).itemsize + _beside(hidden_size, vocab_size)
-    return max(ROW_BLOCK, workspace // row // ROW_BLOCK * ROW_BLOCK)
+    rows = workspace * 3 // 4 // row
+    block = ROW_BLOCK if rows >= ROW_BLOCK else SMALL_BLOCK
+    return max(SMALL_BLOCK, rows // block * block)
 
 
 def score_tokens(hidden_size: int, vocab_size: int, workspace: int) -> int:
     """Rows scored at once where no chunk is stored."""
-    return min(4096, max(ROW_BLOCK, workspace // _beside(hidden_size, vocab_size) // ROW_BLOCK * ROW_BLOCK))
+    rows = workspace * 3 // 4 // _beside(hidden_size, vocab_size)
+    return min(4096, max(ROW_BLOCK, rows // ROW_BLOCK * ROW_BLOCK))
+
+
+def smallest_workspace(vocab_size: int, dtype: torch.dtype) -> int:
+    """Bytes that a chunk of SMALL_BLOCK rows takes."""
+    return SMALL_BLOCK * vocab_size * chunk_dtype(dtype).itemsize
 
 
 def _beside(hidden_size: int, vocab_size: int) -> int:
-    """Bytes a row takes beside its stored chunk: partial sums (20 every 480 columns), and copies of itself."""
-    return vocab_size // 24 + 16 * hidden_size + 64
+    """Bytes a row takes beside its stored chunk: partial sums (40 every 480 columns), and copies of itself."""
+    return vocab_size // 12 + 16 * hidden_size + 64
 
 
 def score(
@@ -159,7 +173,7 @@ def score(
     anchor = torch.where(z_y.isinf(), 0.0, z_y).to(dtype)
     sums = kernels.score(rows.x, head, rows.targets, anchor, rows.inv_temperature, chunk, None)
     again = ((sums.exp > RESCORE_ABOVE) | z_y.isneginf()) & sums.max_d.isfinite()
-    for few in again.nonzero()[:, 0].split(ROW_BLOCK):
+    for few in split(again.nonzero()[:, 0], ROW_BLOCK):
         _score_at_maximum(kernels, head, rows, few, anchor, sums, chunk)
 
     # the sums are fp64, so is what follows, rounded once at the end; label_d is what rounding the anchor left of z_y,
@@ -265,7 +279,7 @@ class Gradients:
     ) -> None:
         """The gradient products of one stored chunk, its rows at `index`."""
         head, rows = problem.head, problem.gather(index)
-        factor, label, x = _products(kernels, head, rows, scores, upstream, chunk)
+        factor, label, x, chunk = _products(kernels, head, rows, scores, upstream, chunk)
         if self.hidden is not None:
             d_rows = kernels.d_hidden(chunk, index.numel(), head.weight)
             d_rows.mul_(factor[:, None]).add_(head.weight[rows.targets] * label[:, None])
@@ -280,8 +294,8 @@ class Gradients:
 
 def _products(
     kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream: Upstream, chunk: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(factor, label, hidden rows in fp32) of the gradient products."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(factor, label, hidden rows in fp32, chunk) of the gradient products."""
     factor, label = row_factors(kernels, head, rows, scores, upstream)
     x = rows.x.to(factor.dtype)
     silent = upstream.logps == 0 if upstream.entropy is None else (upstream.logps == 0) & (upstream.entropy == 0)
@@ -289,8 +303,9 @@ def _products(
     spoilt = (silent & ~(scores.total.isfinite() & x.isfinite().all(-1))).nonzero()[:, 0]
     if spoilt.numel():
         factor, label, x = (t.index_fill(0, spoilt, 0.0) for t in (factor, label, x))
+        chunk = chunk.clone()  # another backward may want these rows
         kernels.put_rows(chunk, spoilt, torch.zeros_like(kernels.new_chunk(spoilt.numel(), head.weight)))
-    return factor, label, x
+    return factor, label, x, chunk
 
 
 def gradients_of_chunk(
@@ -300,7 +315,7 @@ def gradients_of_chunk(
     scores: Scores,
     upstream: Upstream,
     chunk: Tensor,
-    wanted: tuple[bool, bool, bool],
+    wanted: Sequence[bool],  # of hidden, weight, bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias in their dtypes, of the one chunk that holds all rows."""
     head, dtype = problem.head, problem.hidden.dtype
@@ -315,9 +330,9 @@ def _d_weight(kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream
     """(V, H) in the dtype of the weight: in fp32 only a slab of it at a time."""
     vocab_size, hidden_size = head.weight.shape
     out = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
-    factor, label, x = _products(kernels, head, rows, scores, upstream, chunk)
+    factor, label, x, chunk = _products(kernels, head, rows, scores, upstream, chunk)
     scaled, at_label = x * factor[:, None], x * label[:, None]
-    step = max(256, SLAB_BYTES // (4 * hidden_size))
+    step = max(256, head.slab_bytes // (4 * hidden_size))
     for first in range(0, vocab_size, step):
         last = min(vocab_size, first + step)
         slab = torch.zeros(last - first, hidden_size, dtype=factor.dtype, device=out.device)
@@ -341,7 +356,6 @@ def backward(
     scores: Scores,
     upstream: Upstream,
     gradients: Gradients,
-    workspace: int,
 ) -> None:
     """Score the rows at `index` again and add their gradients. A row nobody sends a gradient to costs nothing."""
     live = upstream.logps != 0
@@ -349,7 +363,7 @@ def backward(
         live = live | (upstream.entropy != 0)
     live = live.nonzero()[:, 0]
     weight = problem.head.weight
-    for part in split(live, chunk_tokens(weight.shape[1], weight.shape[0], weight.dtype, workspace)):
+    for part in split(live, chunk_tokens(weight.shape[1], weight.shape[0], weight.dtype, problem.head.workspace)):
         some_scores = Scores(*(x[part] for x in scores))
         some_upstream = Upstream(upstream.logps[part], None if upstream.entropy is None else upstream.entropy[part])
         chunk = kernels.new_chunk(part.numel(), weight)

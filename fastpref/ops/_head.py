@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastpref.kernels.head import MIB, default_workspace
+from fastpref.kernels.head import MIB, default_workspace, smallest_workspace
 from fastpref.ops import _check
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,7 +85,7 @@ def flatten(
     check_bending(fn, softcap, logit_scale)
     if workspace is None:
         workspace = default_workspace(hidden.device)
-    check_workspace(fn, workspace)
+    check_workspace(fn, workspace, vocab_size, weight.dtype)
     if not isinstance(ignore_index, int):
         raise TypeError(f"{fn}: ignore_index must be an int; got {type(ignore_index).__name__}")
     return FlatHead(
@@ -152,11 +152,12 @@ def without_autocast(f: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def check_workspace(fn: str, workspace: int) -> None:
+def check_workspace(fn: str, workspace: int, vocab_size: int, dtype: torch.dtype) -> None:
     if not isinstance(workspace, int):
         raise TypeError(f"{fn}: workspace must be an int, in bytes; got {type(workspace).__name__}")
-    if not MIB <= workspace < 2**60:
-        raise ValueError(f"{fn}: workspace is in bytes and must be at least 1 MiB; got {workspace}")
+    least = max(MIB, smallest_workspace(vocab_size, dtype))
+    if not least <= workspace < 2**60:
+        raise ValueError(f"{fn}: workspace must be at least {least} bytes for V = {vocab_size}; got {workspace}")
 
 
 def check_outputs(fn: str, outputs: Collection[str]) -> None:

@@ -101,14 +101,29 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
 
 def token_outputs(fn: str, flat: _head.FlatHead) -> dict[str, Tensor]:
     """(M,) each: logps and every extra output."""
+    hidden, weight, bias, targets, rows, inv_temperature, *options = flat
     if flat.backend == "reference":
-        _kept(fn, *flat[:2], *flat[3:6], flat.ignore_index, flat.check_finite)
-        with torch.autocast(flat.hidden.device.type, enabled=False):
-            return reference(*flat[:9])
-    differentiable = torch.is_grad_enabled()
-    unit = differentiable and flat.hidden.requires_grad and not flat.weight.requires_grad
-    unit = unit and not (flat.bias is not None and flat.bias.requires_grad)
-    return dict(zip(("logps", *_head.OUTPUTS), _op(fn, *flat, unit)[:5], strict=True))
+        _kept(fn, hidden, weight, targets, rows, inv_temperature, flat.ignore_index, flat.check_finite)
+        with torch.autocast(hidden.device.type, enabled=False):
+            bent = flat.softcap, flat.logit_scale, flat.ignore_index
+            return reference(hidden, weight, bias, targets, rows, inv_temperature, *bent)
+    keep_rows, unit = 0, False
+    if torch.is_grad_enabled():
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        unit = hidden.requires_grad and not trained
+        keep_rows = rows_of_one_chunk(flat) if trained else 0
+    found = _op(fn, hidden, weight, bias, targets, rows, inv_temperature, *options, unit, keep_rows)
+    return dict(zip(("logps", *_head.OUTPUTS), found, strict=False))
+
+
+def rows_of_one_chunk(flat: _head.FlatHead) -> int:
+    """Rows of a chunk that holds every live target, 0 if `workspace` has no room for it."""
+    # where counting would wait for the device, or be traced, all targets count
+    count = flat.targets.numel()
+    if not torch.compiler.is_compiling() and not flat.targets.is_cuda:
+        count = int((flat.targets != flat.ignore_index).sum())
+    vocab_size, hidden_size = flat.weight.shape
+    return count if count <= driver.chunk_tokens(hidden_size, vocab_size, flat.weight.dtype, flat.workspace) else 0
 
 
 def _kept(fn: str, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -133,10 +148,15 @@ def _op(
     check_finite: bool,
     backend: str | None,
     unit_d_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps, the extra outputs, (3, M) what a backward needs, and dlogp/dhidden (M, H) if asked for, else (0, H)."""
+    keep_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, the extra outputs, and what a backward needs: a state (3, M), dlogp/dhidden (M, H), the stored chunk.
+
+    The last two are empty unless asked for: dlogp/dhidden by unit_d_hidden (the head is frozen), the chunk by
+    keep_rows (it holds all rows).
+    """
     run = kernels.choose("head", hidden.device.type, backend)
-    head = driver.Head(weight, bias, softcap, logit_scale, deterministic)
+    head = driver.Head(weight, bias, softcap, logit_scale, workspace, deterministic)
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
     index = _kept(fn, hidden, weight, targets, rows, inv_temperature, ignore_index, check_finite)
     dtype = driver.accumulator(hidden.dtype)
@@ -144,57 +164,60 @@ def _op(
     top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
     state = hidden.new_zeros((3, targets.numel()), dtype=dtype)
     unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
+    kept = run.new_chunk(keep_rows, weight) if keep_rows else hidden.new_empty(0)
     vocab_size, hidden_size = weight.shape
     size = driver.score_tokens(hidden_size, vocab_size, workspace)
-    if unit_d_hidden:
+    if unit_d_hidden or keep_rows:
         size = driver.chunk_tokens(hidden_size, vocab_size, weight.dtype, workspace)
     for part in driver.split(index, size):
         rows_here = problem.gather(part)
-        chunk = run.new_chunk(part.numel(), weight) if unit_d_hidden else None
+        chunk = run.new_chunk(part.numel(), weight) if unit_d_hidden else kept if keep_rows else None
         scores = driver.score(run, head, rows_here, chunk)
-        for full, some in zip((*out, top1), scores[3:], strict=True):
-            full[part] = some
-        state[:, part] = torch.stack(scores[:3])
-        if chunk is not None:
+        state[:, part] = torch.stack((scores.anchor, scores.label_d, scores.rest))
+        for full, name in zip((*out, top1), ("logps", *_head.OUTPUTS), strict=True):
+            full[part] = getattr(scores, name)
+        if unit_d_hidden and chunk is not None:
             alone = driver.Problem(rows_here.x, head, rows_here.targets, None, rows_here.inv_temperature)
             gradients = driver.Gradients.zeros(alone, True, False, False)
             ones = driver.Upstream(torch.ones_like(scores.logps), None)
             gradients.add(run, alone, torch.arange(part.numel(), device=part.device), scores, ones, chunk)
             unit[part] = gradients.hidden  # type: ignore[assignment]
-    return *out, top1, state, unit  # type: ignore[return-value]
+    return *out, top1, state, unit, kept  # type: ignore[return-value]
 
 
 @_op.register_fake
 def _(fn: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    dtype, unit_d_hidden = driver.accumulator(hidden.dtype), rest[-1]
+    *_, backend, unit_d_hidden, keep_rows = rest
+    dtype = driver.accumulator(hidden.dtype)
     out = [hidden.new_empty(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
     top1 = hidden.new_empty(targets.shape, dtype=torch.bool)
     state = hidden.new_empty((3, targets.shape[0]), dtype=dtype)
-    return *out, top1, state, hidden.new_empty((targets.shape[0] if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
+    unit = hidden.new_empty((targets.shape[0] if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
+    run = kernels.choose("head", hidden.device.type, backend)
+    return *out, top1, state, unit, run.new_chunk(keep_rows, weight) if keep_rows else hidden.new_empty(0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # options: softcap, logit_scale, ignore_index, workspace, deterministic, check_finite, backend
-    _, hidden, weight, bias, targets, rows, inv_temperature, *ctx.options, unit_d_hidden = inputs
-    logps, entropy, *_, state, unit = output
-    ctx.unit_d_hidden = unit_d_hidden
+    _, hidden, weight, bias, targets, rows, inv_temperature, *options, ctx.unit_d_hidden, ctx.keep_rows = inputs
+    ctx.softcap, ctx.logit_scale, ctx.ignore_index, ctx.workspace, ctx.deterministic, _, ctx.backend = options
+    logps, entropy, *_, state, unit, kept = output
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, rows, inv_temperature, logps, entropy, state, unit)
+    ctx.save_for_backward(hidden, weight, bias, targets, rows, inv_temperature, logps, entropy, state, unit, kept)
 
 
 @once_differentiable
 def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
-    hidden, weight, bias, targets, rows, inv_temperature, logps, entropy, state, unit = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[i] for i in (1, 2, 3)]
+    hidden, weight, bias, targets, rows, inv_temperature, logps, entropy, state, unit, kept = ctx.saved_tensors
+    no_gradient = (None,) * 12  # of the other arguments
     if grad_logps is None and grad_entropy is None:
-        return (None,) * 15
+        return None, None, None, None, *no_gradient
     if grad_logps is None:
         grad_logps = torch.zeros_like(logps)
     if ctx.unit_d_hidden and grad_entropy is None:
-        live = (targets != ctx.options[2]) & (grad_logps != 0)
-        d_hidden = _scale_unit(unit, grad_logps, live, rows, hidden)
-        return (None, d_hidden, *(None,) * 13)
+        live = (targets != ctx.ignore_index) & (grad_logps != 0)
+        return None, _scale_unit(unit, grad_logps, live, rows, hidden), None, None, *no_gradient
+    wanted = [ctx.needs_input_grad[i] for i in (1, 2, 3)]
     found = _backward_op(
         grad_logps,
         grad_entropy,
@@ -207,14 +230,17 @@ def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
         logps,
         entropy,
         state,
-        *ctx.options,
+        kept if ctx.keep_rows and grad_entropy is None else None,
+        ctx.softcap,
+        ctx.logit_scale,
+        ctx.ignore_index,
+        ctx.workspace,
+        ctx.deterministic,
+        ctx.backend,
         wanted,
     )
-    return (
-        None,
-        *(gradient if needed else None for gradient, needed in zip(found, wanted, strict=True)),
-        *(None,) * 11,
-    )
+    of_inputs = (gradient if needed else None for gradient, needed in zip(found, wanted, strict=True))
+    return None, *of_inputs, *no_gradient
 
 
 def _scale_unit(unit: Tensor, grad_logps: Tensor, live: Tensor, rows: Tensor | None, hidden: Tensor) -> Tensor:
@@ -239,31 +265,32 @@ def _backward_op(
     logps: Tensor,
     entropy: Tensor,
     state: Tensor,
+    chunk: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
     workspace: int,
     deterministic: bool,
-    check_finite: bool,
     backend: str | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; empty where not wanted."""
+    """Gradients of hidden, weight and bias; empty where not wanted. From the stored chunk if there is one."""
     run = kernels.choose("head", hidden.device.type, backend)
-    problem = driver.Problem(
-        hidden, driver.Head(weight, bias, softcap, logit_scale, deterministic), targets, rows, inv_temperature
-    )
+    head = driver.Head(weight, bias, softcap, logit_scale, workspace, deterministic)
+    problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
     index = (targets != ignore_index).nonzero()[:, 0]
-    unused = logps.new_empty(0).expand(index.numel(), 0)
     anchor, label_d, rest = state[:, index]
+    unused = logps.new_empty(0).expand(index.numel(), 0)
     scores = driver.Scores(anchor, label_d, rest, logps[index], entropy[index], unused, unused, unused)
     upstream = driver.Upstream(grad_logps[index], None if grad_entropy is None else grad_entropy[index])
-    gradients = driver.Gradients.zeros(problem, *wanted)
-    driver.backward(run, problem, index, scores, upstream, gradients, workspace)
-    return tuple(  # type: ignore[return-value]
-        hidden.new_empty(0) if gradient is None else gradient.to(hidden.dtype)
-        for gradient in (gradients.hidden, gradients.weight, gradients.bias)
-    )
+    found: tuple[Tensor | None, ...]
+    if chunk is not None:
+        found = driver.gradients_of_chunk(run, problem, index, scores, upstream, chunk, wanted)
+    else:
+        gradients = driver.Gradients.zeros(problem, *wanted)
+        driver.backward(run, problem, index, scores, upstream, gradients)
+        found = gradients.hidden, gradients.weight, gradients.bias
+    return tuple(hidden.new_empty(0) if x is None else x.to(hidden.dtype) for x in found)  # type: ignore[return-value]
 
 
 @_backward_op.register_fake

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastpref.kernels.head import Head, Sums, accumulator, chunk_dtype
 
-SLAB_BYTES = 16 * 2**20  # of one (n, slab) fp32 temporary; about five live at once
 BLOCK = 64  # rows of a GEMM when deterministic
 
 
@@ -21,8 +20,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _slabs(n: int, vocab_size: int) -> list[slice]:
-    size = max(256, SLAB_BYTES // (4 * max(n, 1)))
+def _slabs(n: int, vocab_size: int, slab_bytes: int = 8 * 2**20) -> list[slice]:
+    """Slices of the vocabulary whose (n, slice) in fp32 takes slab_bytes."""
+    size = max(64, slab_bytes // (4 * max(n, 1)))
     return [slice(first, min(first + size, vocab_size)) for first in range(0, vocab_size, size)]
 
 
@@ -59,7 +59,7 @@ def score(
     weight, n = head.weight, x.shape[0]
     sums = torch.zeros(len(Sums._fields), n, dtype=torch.float64, device=x.device)
     sums[4] = -torch.inf
-    for slab in _slabs(n, weight.shape[0]):
+    for slab in _slabs(n, weight.shape[0], head.slab_bytes):
         z = _product(x, weight[slab].T)
         if head.bias is not None:
             z += head.bias[slab]
@@ -69,7 +69,7 @@ def score(
             bent = torch.tanh(z / head.softcap)
             z, slope = bent * head.softcap, 1 - bent * bent
         z *= inv_temperature[:, None]
-        sums[3] += z.sum(-1)
+        sums[3] += z.sum(-1, dtype=torch.float64)
         d = z.sub_(anchor[:, None])
         inside = ((targets >= slab.start) & (targets < slab.stop)).nonzero()[:, 0]
         label = (inside, targets[inside] - slab.start)
@@ -78,9 +78,9 @@ def score(
         # held where exp would pass fp32's range: such a row is scored again with another anchor
         e = d.clamp(max=80.0).exp_()
         d.clamp_(min=-200.0)
-        sums[0] += e.sum(-1)
-        sums[1] += (e * d).sum(-1)
-        sums[2] += (e * e).sum(-1)
+        sums[0] += e.sum(-1, dtype=torch.float64)
+        sums[1] += (e * d).sum(-1, dtype=torch.float64)
+        sums[2] += (e * e).sum(-1, dtype=torch.float64)
         if chunk is not None:
             if coefs is not None:
                 e *= d.mul_(coefs[1][:, None]).add_(coefs[0][:, None])

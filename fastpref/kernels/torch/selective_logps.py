@@ -24,12 +24,15 @@ def selective_logps(
     for part in _blocks(index, logits.shape[1]):
         z, _ = _bend(logits[part].to(dtype), inv_temperature[part], softcap, logit_scale)
         label_d, e, d, rest = _anchored(z, targets[part])
+        # in fp64: entropy is the difference of two sums, and feels the rounding of both
+        label_d = label_d.double()
         e_y = label_d.exp()
         total = e_y + rest
         log_total = torch.where(label_d == 0, torch.log1p(rest), total.log())
-        out[0][part] = label_d - log_total
-        out[1][part] = (log_total - ((e * d).sum(-1) + e_y * label_d.clamp(min=-200.0)) / total).clamp(min=0)
-        out[2][part] = ((e * e).sum(-1) + e_y * e_y).log() - 2 * log_total
+        out[0][part] = (label_d - log_total).to(dtype)
+        mean_d = ((e * d).sum(-1, dtype=torch.float64) + e_y * label_d.clamp(min=-200.0)) / total
+        out[1][part] = (log_total - mean_d).clamp(min=0).to(dtype)
+        out[2][part] = (((e * e).sum(-1, dtype=torch.float64) + e_y * e_y).log() - 2 * log_total).to(dtype)
         out[3][part] = z.mean(-1)
         top1[part] = (d <= label_d[:, None]).all(-1)
     return *out, top1
@@ -52,7 +55,7 @@ def d_logits(
     for part in _blocks(index, logits.shape[1]):
         z, slope = _bend(logits[part].to(logps.dtype), inv_temperature[part], softcap, logit_scale)
         label_d, e, d, rest = _anchored(z, targets[part])
-        e_y = label_d.exp()
+        e_y, rest = label_d.exp(), rest.to(z.dtype)
         g, total = grad_logps[part], e_y + rest
         if grad_entropy is None:
             dz, at_label = e.mul_((-g / total)[:, None]), g * rest / total
@@ -96,4 +99,4 @@ def _anchored(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     shift = torch.where(((highest > FAR) | z_y.isneginf()) & ~highest.isneginf(), highest, 0.0)
     d -= shift[:, None]
     e = d.exp()
-    return z_y - anchor - shift, e, d.clamp_(min=-200.0), e.sum(-1)
+    return z_y - anchor - shift, e, d.clamp_(min=-200.0), e.sum(-1, dtype=torch.float64)
