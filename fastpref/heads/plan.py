@@ -58,8 +58,8 @@ def plan(
             raise ValueError(f"plan: {name} must be {'>= 0' if name == 'n_tokens' else '>= 1'}; got {value}")
     if couples is not None and couples not in COUPLINGS:
         raise ValueError(f"plan: couples must be None or one of {', '.join(COUPLINGS)}; got {couples!r}")
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"plan: dtype must be a torch.dtype; got {dtype!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"plan: dtype must be a floating torch.dtype; got {dtype!r}")
     if workspace is None:
         workspace = default_workspace(torch.device(device or "cpu"))
     check_workspace("plan", workspace, vocab_size, dtype)

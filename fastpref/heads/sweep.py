@@ -96,6 +96,7 @@ class _Sweep(torch.autograd.Function):
                 else:
                     driver.backward(run, problem, index, scores, upstream, gradients)
                 found.append(scores)
+                del chunk  # before the next one is made
         parts = [index for index, _, _ in runs]
         every = driver.Scores(*(torch.cat(some) for some in zip(*found, strict=True)))
         ctx.form = form

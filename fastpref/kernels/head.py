@@ -369,3 +369,4 @@ def backward(
         chunk = kernels.new_chunk(part.numel(), weight)
         rescore(kernels, problem.head, problem.gather(index[part]), some_scores, some_upstream, chunk)
         gradients.add(kernels, problem, index[part], some_scores, some_upstream, chunk)
+        del chunk  # before the next one is made

@@ -159,6 +159,7 @@ def dpo_loss(
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     _check.rank(fn, (1,), policy_chosen_logps=policy_chosen_logps)
     _check.same_shape(fn, **every, **lengths)
+    _check.same_dtype(fn, **every)
     _check.same_device(fn, **every, **lengths)
     check_beta(fn, beta)
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):

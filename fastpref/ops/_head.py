@@ -155,9 +155,10 @@ def without_autocast(f: F) -> F:
 def check_workspace(fn: str, workspace: int, vocab_size: int, dtype: torch.dtype) -> None:
     if not isinstance(workspace, int):
         raise TypeError(f"{fn}: workspace must be an int, in bytes; got {type(workspace).__name__}")
-    least = max(MIB, smallest_workspace(vocab_size, dtype))
-    if not least <= workspace < 2**60:
-        raise ValueError(f"{fn}: workspace must be at least {least} bytes for V = {vocab_size}; got {workspace}")
+    if workspace < MIB or workspace >= 2**60:
+        raise ValueError(f"{fn}: workspace is in bytes and must be at least 1 MiB; got {workspace}")
+    if workspace < (least := smallest_workspace(vocab_size, dtype)):
+        raise ValueError(f"{fn}: workspace must be at least {least} bytes at V = {vocab_size}; got {workspace}")
 
 
 def check_outputs(fn: str, outputs: Collection[str]) -> None:

@@ -182,6 +182,7 @@ def _op(
             ones = driver.Upstream(torch.ones_like(scores.logps), None)
             gradients.add(run, alone, torch.arange(part.numel(), device=part.device), scores, ones, chunk)
             unit[part] = gradients.hidden  # type: ignore[assignment]
+        del chunk  # before the next one is made
     return *out, top1, state, unit, kept  # type: ignore[return-value]
 
 

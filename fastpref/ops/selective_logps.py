@@ -49,7 +49,9 @@ def selective_logps(
     _check.floating(fn, (*_check.FLOATS, *((torch.float64,) if backend else ())), logits=logits)
     _check.integer(fn, targets=targets)
     _check.same_device(fn, logits=logits, targets=targets)
-    if logits.dim() == 0 or logits.shape[-1] == 0 or targets.shape != logits.shape[:-1]:
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{fn}: logits must have at least one column, (..., V); got shape {tuple(logits.shape)}")
+    if targets.shape != logits.shape[:-1]:
         wanted = tuple(logits.shape[:-1])
         raise ValueError(f"{fn}: targets must be {wanted}, logits (..., V) without V; got {tuple(targets.shape)}")
     _head.check_bending(fn, softcap, logit_scale)

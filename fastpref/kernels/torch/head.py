@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastpref.kernels.head import Head, Sums, accumulator, chunk_dtype
 
-BLOCK = 64  # rows of a GEMM when deterministic
+# when deterministic: rows of a GEMM, and what its columns are derived from
+BLOCK, BLOCK_WORKSPACE = 64, 32 * 2**20
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _slabs(n: int, vocab_size: int, slab_bytes: int = 8 * 2**20) -> list[slice]:
+def _slabs(n: int, vocab_size: int, slab_bytes: int = 2 * 2**20) -> list[slice]:
     """Slices of the vocabulary whose (n, slice) in fp32 takes slab_bytes."""
     size = max(64, slab_bytes // (4 * max(n, 1)))
     return [slice(first, min(first + size, vocab_size)) for first in range(0, vocab_size, size)]
@@ -98,7 +99,7 @@ def _score_blocks(
     coefs: tuple[Tensor, Tensor] | None,
 ) -> Sums:
     """`score`, its rows in blocks of one size, the last one padded with copies of the last row."""
-    n, plain, parts = x.shape[0], head._replace(deterministic=False), []
+    n, plain, parts = x.shape[0], head._replace(deterministic=False, workspace=BLOCK_WORKSPACE), []
     for first in range(0, n, BLOCK):
         index = torch.arange(first, first + BLOCK, device=x.device).clamp(max=n - 1)
         block = None if chunk is None else new_chunk(BLOCK, head.weight)

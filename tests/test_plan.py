@@ -1,0 +1,210 @@
+"""plan against DESIGN's table of passes, and against what the calls are measured to do: GEMMs and memory."""
+
+import math
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastpref import linear_logps, linear_preference_loss, plan
+from tests._oracle import BACKENDS, IGNORE, head, upstream
+
+MIB = 1 << 20
+COUPLES = ("token", "sequence", "pair", "batch")
+LARGE = {"hidden_size": 576, "vocab_size": 49_152, "dtype": torch.bfloat16}
+
+
+def planned(n=20_000, couples="pair", trainable_head=True, **changes):
+    return plan(n, **{**LARGE, **changes}, trainable_head=trainable_head, couples=couples)
+
+
+@pytest.mark.parametrize("couples", COUPLES)
+def test_passes_of_the_table(couples):
+    assert planned(couples=None).passes == planned(couples=None, trainable_head=False).passes == 1
+    assert planned(couples=couples, trainable_head=False).passes == 2
+    assert planned(couples=couples).passes == (4 if couples == "batch" else 3)
+    assert planned(100, couples=couples).passes == 3  # the whole batch fits a chunk
+
+
+@pytest.mark.parametrize("couples", [None, *COUPLES])
+@pytest.mark.parametrize("trainable_head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("workspace", [32 * MIB, 64 * MIB, None])
+@pytest.mark.parametrize("n", [1, 1000, 20_000])
+def test_numbers_are_consistent(n, workspace, dtype, trainable_head, couples):
+    got = planned(n, couples, trainable_head, dtype=dtype, workspace=workspace)
+    assert got.flops == got.passes * 2 * n * 576 * 49_152
+    assert got.chunk_bytes <= (workspace or 256 * MIB)
+    assert got.peak_bytes == got.chunk_bytes + got.accumulator_bytes
+    if couples is not None:
+        assert 1 <= got.chunk_tokens <= n and got.chunks == math.ceil(n / got.chunk_tokens)
+        assert got.chunk_bytes >= got.chunk_tokens * 49_152 * min(dtype.itemsize, 2)
+    if trainable_head and couples is not None and dtype != torch.float32 and got.chunks > 1:
+        assert got.accumulator_bytes >= 4 * 576 * 49_152
+    assert got.why and isinstance(got.why, str)
+
+
+def test_more_workspace_means_fewer_chunks():
+    plans = [planned(workspace=size * MIB) for size in (8, 32, 128, 512)]
+    chunks = [p.chunks for p in plans]
+    assert chunks == sorted(set(chunks), reverse=True)
+    assert [p.chunk_bytes for p in plans] == sorted(p.chunk_bytes for p in plans)
+
+
+def test_why_names_the_reason():
+    assert "frozen" in planned(trainable_head=False).why
+    assert "no gradient" in planned(couples=None).why
+    assert "batch" in planned(couples="batch").why and "20000" in planned(couples="batch").why
+
+
+def test_nothing_to_plan():
+    got = planned(0)
+    assert (got.flops, got.chunk_tokens, got.chunks, got.chunk_bytes) == (0, 0, 0, 0)
+
+
+REFUSALS = {
+    "tokens": ({"n": -1}, ValueError, "n_tokens must be >= 0; got -1"),
+    "half a token": ({"n": 1.5}, (TypeError, ValueError), "n_tokens must be .*; got (1.5|float)"),
+    "hidden": ({"hidden_size": -1}, ValueError, "hidden_size must be .*; got -1"),
+    "vocabulary": ({"vocab_size": 0}, ValueError, "vocab_size must be .*; got 0"),
+    "couples": (
+        {"couples": "row"},
+        ValueError,
+        "couples must be None or one of token, sequence, pair, batch; got 'row'",
+    ),
+    "workspace": ({"workspace": 5}, ValueError, "workspace .* at least 1 MiB; got 5"),
+    "dtype": ({"dtype": torch.int32}, TypeError, "dtype must be .*; got .*int32"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name):
+    changes, error, message = REFUSALS[name]
+    with pytest.raises(error, match=f"^plan: {message}"):
+        planned(**changes)
+
+
+# ---- what the calls do
+
+
+def measured(call, scale):
+    """(passes, peak bytes) of a call: its GEMM FLOPs over 2 N H V, and the allocations alive at once."""
+    with profile(
+        activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True, profile_memory=True, acc_events=True
+    ) as record:
+        call()
+    gemms = sum(e.flops for e in record.events() if e.name in ("aten::mm", "aten::addmm", "aten::bmm") and e.flops)
+    alive = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return gemms / scale, peak
+
+
+def logps_call(n, h, v, dtype=torch.float32, *, trained=(), ignored=0.0, **options):
+    args = head(n, h, v, dtype, ignored=ignored)
+    live = int((args["targets"] != IGNORE).sum())
+    leaves = {k: args[k].requires_grad_() for k in trained}
+
+    def call():
+        logps = linear_logps(**args, **options)
+        if leaves:
+            logps.backward(upstream(n))
+
+    return call, live
+
+
+def preference_call(n, h, v, dtype=torch.float32, *, trained=("hidden",), sequences=16, **options):
+    args = head(n, h, v, dtype, ignored=0.0)
+    args = {k: x if k == "weight" else x.unflatten(0, (sequences, -1)) for k, x in args.items()}
+    args |= {k: args[k].clone().requires_grad_() for k in trained}
+
+    def call():
+        loss = linear_preference_loss(**args, reference_free=True, **options).loss
+        if trained:
+            loss.backward()
+
+    return call, n
+
+
+def coupled(pairs, *, beta):
+    return (pairs.chosen_logps - pairs.rejected_logps.mean()).square()
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight")])
+def test_measured_passes_of_linear_logps(trained, ignored):
+    n, h, v = 256, 16, 2053
+    call, live = logps_call(n, h, v, trained=trained, ignored=ignored, backend="torch", workspace=MIB)
+    passes = measured(call, 2 * live * h * v)[0]
+    couples = "batch" if trained else None
+    expected = plan(
+        live, h, v, dtype=torch.float32, trainable_head="weight" in trained, couples=couples, workspace=MIB
+    ).passes
+    assert passes == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight")])
+@pytest.mark.parametrize("workspace", [MIB, None])
+def test_measured_passes_of_the_loss(workspace, trained):
+    n, h, v = 256, 16, 2053
+    for loss_type, couples in (("sigmoid", "pair"), (coupled, "batch")):
+        call, _ = preference_call(n, h, v, trained=trained, loss_type=loss_type, backend="torch", workspace=workspace)
+        expected = plan(
+            n,
+            h,
+            v,
+            dtype=torch.float32,
+            trainable_head="weight" in trained,
+            couples=couples if trained else None,
+            workspace=workspace,
+        ).passes
+        assert measured(call, 2 * n * h * v)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_measured_passes_of_the_compiled_loss():
+    n, h, v = 256, 16, 2053
+    args = head(n, h, v, ignored=0.0)
+    hidden, weight = args["hidden"].view(16, -1, h).requires_grad_(), args["weight"].requires_grad_()
+    targets = args["targets"].view(16, -1)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(hidden, weight):
+        return linear_preference_loss(hidden, weight, targets, reference_free=True, backend="torch").loss
+
+    loss(hidden, weight).backward()
+    expected = plan(n, h, v, dtype=torch.float32, trainable_head=True, couples="pair").passes
+    assert measured(lambda: loss(hidden, weight).backward(), 2 * n * h * v)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_no_grad_costs_one_pass():
+    n, h, v = 256, 16, 2053
+    args = head(n, h, v, ignored=0.0)
+    hidden, weight = args["hidden"].view(16, -1, h).requires_grad_(), args["weight"].requires_grad_()
+    targets = args["targets"].view(16, -1)
+
+    @torch.no_grad()
+    def call():
+        linear_preference_loss(hidden, weight, targets, reference_free=True, backend="torch")
+
+    assert measured(call, 2 * n * h * v)[0] == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of", ["linear_logps", "linear_preference_loss"])
+def test_workspace_bounds_the_memory(of, dtype, trained, backend):
+    """In all, 6 to 8 chunks; what else the plan names, the gradients returned, and 512 bytes a token for the rest."""
+    n, h, v, workspace = 3072, 16, 4099, 8 * MIB
+    options = {"trained": trained, "backend": backend, "workspace": workspace}
+    make = {"linear_logps": logps_call, "linear_preference_loss": preference_call}[of]
+    call, _ = make(n, h, v, dtype, **options)
+    trainable = "weight" in trained
+    couples = ("batch" if of == "linear_logps" else "pair") if trained else None
+    expected = plan(n, h, v, dtype=dtype, trainable_head=trainable, couples=couples, workspace=workspace)
+    gradients = dtype.itemsize * h * (n * ("hidden" in trained) + v * trainable)
+    peak = measured(call, 1)[1]
+    allowed = workspace + expected.accumulator_bytes + gradients + 512 * n
+    assert peak <= allowed, f"{peak / MIB:.1f} MiB at once; {allowed / MIB:.1f} MiB allowed"
