@@ -141,10 +141,11 @@ def test_error_does_not_grow_with_chunks(dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_same_bits_whatever_else_is_there(backend, dtype):
+@pytest.mark.parametrize("name", ["none", "all"])
+def test_same_bits_whatever_else_is_there(name, backend, dtype):
     """A row's bits depend on neither the other rows, nor the chunk, nor the threads, nor the run."""
     fixed = {"backend": backend, "outputs": ("entropy",), "deterministic": True}
-    args, options = option_case("all", 600, 67, 1031, dtype, ignored=0.1)
+    args, options = option_case(name, 600, 67, 1031, dtype, ignored=0.1)
     first = as_dict(linear_logps(**args, **options, **fixed))
     threads = torch.get_num_threads()
     try:
@@ -156,7 +157,8 @@ def test_same_bits_whatever_else_is_there(backend, dtype):
                     assert_same_bits(again[name], first[name])
     finally:
         torch.set_num_threads(threads)
-    for chosen in (slice(0, 1), slice(7, 12), slice(599, 600), slice(100, 333), slice(None, None, 3)):
+    alone = [slice(t, t + 1) for t in range(0, 60, 7)]  # where a library would call its vector product
+    for chosen in (*alone, slice(7, 12), slice(100, 333), slice(None, None, 3)):
         some = {k: x[chosen] if k in ("hidden", "targets", "temperature") else x for k, x in args.items()}
         few = as_dict(linear_logps(**some, **options, **fixed))
         for name in first:

@@ -77,3 +77,10 @@ def test_import_is_light():
     assert outputs[0][1] == "[]"
     # the best of three: other work on the machine only adds to it
     assert min(float(seconds) for seconds, _ in outputs) < 0.2
+
+
+def test_ci_runs_readmes_test_command():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    command = next(line for line in readme.splitlines() if line.startswith("pip install") and "pytest" in line)
+    for half in command.split(" && "):
+        assert half in ci.splitlines()

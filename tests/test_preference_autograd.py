@@ -5,17 +5,21 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastpref import linear_preference_loss
-from tests._oracle import BACKENDS, assert_same_bits, our_loss, pairs, reference_of, true_loss
+from tests._oracle import BACKENDS, assert_gradient, assert_same_bits, our_loss, pairs, reference_of, true_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIB = 1 << 20
+# where all rows fit one chunk, and where the gradients are formed in forward, a few pairs at a time
+CHUNKS = {"one": ({}, {}), "many": ({"b": 6, "t": 40, "h": 8, "v": 4099}, {"workspace": MIB})}
 
 
+@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")])
-def test_retained_graph_gives_the_same_twice(trained, backend):
-    args = pairs(dtype=torch.bfloat16)
-    call = {"ref_logps": reference_of(args), "backend": backend}
+def test_retained_graph_gives_the_same_twice(chunks, trained, backend):
+    shape, options = CHUNKS[chunks]
+    args = pairs(**shape, dtype=torch.bfloat16)
+    call = {"ref_logps": reference_of(args), "backend": backend, **options}
     leaves = [args[k].requires_grad_() for k in trained]
     result = linear_preference_loss(**args, **call)
     for name, factor in (("loss", 1.0), ("chosen_logps", 0.3), ("loss", 1.7), ("loss", 1.0)):
@@ -28,23 +32,29 @@ def test_retained_graph_gives_the_same_twice(trained, backend):
             assert_same_bits(gradient, expected)
 
 
+@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("hidden", "weight")])
 @pytest.mark.parametrize("output", ["loss", "chosen_logps"])
-def test_second_derivative_raises(output, trained, backend):
-    args = pairs()
+def test_second_derivative_raises(chunks, output, trained, backend):
+    shape, options = CHUNKS[chunks]
+    args = pairs(**shape)
     leaves = [args[k].requires_grad_() for k in trained]
-    result = getattr(linear_preference_loss(**args, reference_free=True, backend=backend), output).sum()
-    first = torch.autograd.grad(result, leaves, torch.tensor(1.0, requires_grad=True), create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|twice|second derivative"):
-        sum(x.square().sum() for x in first).backward()
+    result = getattr(linear_preference_loss(**args, reference_free=True, backend=backend, **options), output).sum()
+    for given in (None, torch.tensor(1.0, requires_grad=True)):
+        first = torch.autograd.grad(result, leaves, given, create_graph=True)
+        penalty = sum(x.square().sum() for x in first)
+        with pytest.raises(RuntimeError, match=r"twice|second derivative"):
+            (result + penalty).backward()  # a sum: the penalty alone would be refused by torch
 
 
+@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_no_grad_and_checkpoint(reentrant, backend):
-    args = pairs()
-    call = {"ref_logps": reference_of(args), "backend": backend}
+def test_no_grad_and_checkpoint(chunks, reentrant, backend):
+    shape, options = CHUNKS[chunks]
+    args = pairs(**shape)
+    call = {"ref_logps": reference_of(args), "backend": backend, **options}
     values, gradients = our_loss(args, **call)
     with torch.no_grad():
         quiet = linear_preference_loss(**args, **call)
@@ -61,11 +71,13 @@ def test_no_grad_and_checkpoint(reentrant, backend):
         assert_same_bits(leaf.grad, gradient)
 
 
+@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")])
-def test_autocast(trained, backend):
-    args = pairs(bias=True)
-    call = {"ref_logps": reference_of(args), "backend": backend, "trained": trained}
+def test_autocast(chunks, trained, backend):
+    shape, options = CHUNKS[chunks]
+    args = pairs(**shape, bias=True)
+    call = {"ref_logps": reference_of(args), "backend": backend, "trained": trained, **options}
     cast = {k: x.bfloat16() if x.is_floating_point() else x for k, x in args.items()}
     with torch.autocast("cpu", torch.bfloat16):
         values, gradients = our_loss(args, **call)
@@ -75,6 +87,28 @@ def test_autocast(trained, backend):
         assert gradients[name].dtype == torch.float32
         error = (gradients[name].double() - d_truths[name]).norm() / d_truths[name].norm()
         assert error <= 3e-3
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")])
+def test_upstream_factor_is_exact(chunks, trained, backend):
+    """Gradients formed in forward stay fp32 until multiplied: no double rounding, and 2^-20 loses nothing."""
+    shape, options = CHUNKS[chunks]
+    args = pairs(**shape, dtype=torch.bfloat16)
+    ref = reference_of(args)
+    call = {"ref_logps": ref, "backend": backend, "trained": trained, **options}
+    plain = our_loss(args, **call)[1]
+    for factor in (2.0**-20, 2.0**20):
+        scaled = our_loss(args, grads={"loss": torch.tensor(factor)}, **call)[1]
+        for name in trained:
+            assert_same_bits(scaled[name], plain[name] * factor)
+    # 1.7 is no power of two: one rounding to bf16, of rms 1.7e-3, leaves less error than two
+    for name, gradient in our_loss(args, grads={"loss": torch.tensor(1.7)}, **call)[1].items():
+        d_truth = true_loss(args, ref_logps=ref, trained=trained, grads={"loss": torch.tensor(1.7)})[1][name]
+        once = 1.7 * true_loss(args, ref_logps=ref, trained=trained)[1][name]
+        assert_gradient(gradient, d_truth)
+        assert (gradient.double() - once).norm() <= 1.15 * (plain[name].double() * 1.7 - once).norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -67,7 +67,11 @@ REFUSALS = {
         TypeError,
         "'label_smoothing' is no option of hinge, whose options.* are: none",
     ),
-    "unknown option": ({"smooth": 0.1}, TypeError, "'smooth' is no option of sigmoid, whose options.* are: label_smoothing"),
+    "unknown option": (
+        {"smooth": 0.1},
+        TypeError,
+        "'smooth' is no option of sigmoid, whose options.* are: label_smoothing",
+    ),
     "option of a list": (
         {"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1},
         TypeError,

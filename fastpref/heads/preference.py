@@ -62,8 +62,8 @@ def linear_preference_loss(
 ) -> PreferenceOutput:
     """The loss of B preference pairs from hidden states; sigmoid: mean of -log sigmoid(beta (r_w - r_l)).
 
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; the other types cite their papers. With a trained head the gradients
-    are formed in forward, in three passes over the head; with a frozen one in two.
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; the other types cite their papers. A trained head is passed over
+    three times, forward and backward together, a frozen one twice; `plan` says why it may be more.
 
     Args:
         hidden: (2B, T, H), B chosen sequences, then B rejected, pair i with i + B; or packed (N, H) with cu_seqlens.
