@@ -69,3 +69,10 @@ def test_refuses_a_backend_that_is_unknown_or_on_another_device():
 def test_reference_is_never_chosen_automatically():
     for device_type in ("cpu", "cuda", "mps", "meta"):
         assert "reference" not in kernels.choose("gae", device_type).__name__
+
+
+def test_fallback_where_a_device_has_no_kernel_is_said_aloud():
+    kernels.choose.cache_clear()
+    kernels._say_fallback.cache_clear()
+    with pytest.warns(UserWarning, match="in place of a mps kernel .head has none yet"):
+        assert kernels.choose("head", "mps").__name__ == "fastpref.kernels.torch.head"

@@ -32,7 +32,9 @@ def choose(op: str, device_type: str, backend: str | None = None) -> ModuleType:
         wanted = [name for name in FASTEST_FIRST.get(device_type, ("torch",)) if name in having]
         backend = next(name for name in wanted if why_not(name) is None)
         if backend != wanted[0]:
-            _say_fallback(wanted[0])
+            _say_fallback(wanted[0], str(why_not(wanted[0])))
+        elif backend == "torch" and {"cpu", "cuda"}.intersection(having):
+            _say_fallback(f"a {device_type} kernel", f"{op} has none yet")
     if backend not in having:
         raise ValueError(f"{op}: backend must be None or one of {having}; got {backend!r}")
     if backend in ("cpu", "cuda"):
@@ -64,8 +66,8 @@ def why_not(backend: str) -> str | None:
 
 
 @cache
-def _say_fallback(backend: str) -> None:
-    warnings.warn(f"fastpref: the slower torch fallback runs in place of {backend} ({why_not(backend)})", stacklevel=2)
+def _say_fallback(missing: str, reason: str) -> None:
+    warnings.warn(f"fastpref: the slower torch fallback runs in place of {missing} ({reason})", stacklevel=2)
 
 
 def status() -> dict[str, str]:
