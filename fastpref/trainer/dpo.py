@@ -134,7 +134,7 @@ class DPOOptions:
 DEMO: dict[str, Any] = {
     "max_steps": 60,
     "per_device_train_batch_size": 4,
-    "learning_rate": 5e-6,
+    "learning_rate": 1e-5,
     "max_length": 128,
     "gradient_checkpointing": False,
     "test_split_size": 96,
