@@ -100,9 +100,6 @@ def test_fake_tensors_have_the_shapes_of_real_ones(backend):
         assert (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
 
 
-# ---- torch.compile
-
-
 def sequences(b=2, t=6, h=5, v=11, dtype=torch.float32, seed=0):
     args = head(2 * b * t, h, v, dtype, seed=seed, ignored=0.2)
     return {k: x if k == "weight" else x.unflatten(0, (2 * b, t)) for k, x in args.items()}

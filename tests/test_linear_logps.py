@@ -46,14 +46,14 @@ def assert_contract(args, grads, *, backend, **options):
         assert bool((ours[name][args["targets"] == IGNORE] == 0).all())
     assert_logps(ours["logps"], want["logps"])
     assert_no_worse(ours["logps"], fp32["logps"], want["logps"])
-    if "entropy" in grads:  # eager is better at it: test_entropy_does_not_depend_on_how_unlikely_the_label_is
-        assert_entropy(ours["entropy"], want["entropy"], want["logps"])
+    if "entropy" in grads:
+        assert_entropy(ours["entropy"], want["entropy"])
     assert d_ours.keys() == d_want.keys()
     for name, gradient in d_ours.items():
         assert gradient.dtype == args[name].dtype
         assert_gradient(gradient, d_want[name])
         # gradient GEMMs of fp16 run in bf16, for its range (DESIGN section 4), so eager's in fp16 are closer
-        if gradient.dtype != torch.float16 and "entropy" not in grads:
+        if gradient.dtype != torch.float16:
             assert_no_worse(gradient, d_fp32[name], d_want[name])
     return d_ours
 
@@ -161,9 +161,6 @@ def test_gradcheck_of_many_chunks():
     assert torch.autograd.gradcheck(
         lambda x, w: linear_logps(x, w, args["targets"], backend="torch", workspace=MIB), leaves, fast_mode=True
     )
-
-
-# ---- tokens that do not count, and shapes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -289,9 +286,6 @@ def test_cu_seqlens_change_nothing(backend):
     args = head(33, 5, 11)
     bounds = torch.tensor([0, 7, 7, 33], dtype=torch.int32)
     assert_same_bits(linear_logps(**args, cu_seqlens=bounds, backend=backend), linear_logps(**args, backend=backend))
-
-
-# ---- autograd
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

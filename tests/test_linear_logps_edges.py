@@ -118,9 +118,6 @@ def test_hidden_of_more_than_two_billion_elements(backend):
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
 
 
-# ---- chunks, bits, threads
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_does_not_grow_with_chunks(dtype, backend):
@@ -145,20 +142,19 @@ def test_error_does_not_grow_with_chunks(dtype, backend):
 def test_same_bits_whatever_else_is_there(name, backend, dtype):
     """A row's bits depend on neither the other rows, nor the chunk, nor the threads, nor the run."""
     fixed = {"backend": backend, "outputs": ("entropy",), "deterministic": True}
-    args, options = option_case(name, 600, 67, 1031, dtype, ignored=0.1)
+    args, options = option_case(name, 300, 67, 1031, dtype, ignored=0.1)
     first = as_dict(linear_logps(**args, **options, **fixed))
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3):
+        for count, workspace in ((1, None), (2, MIB), (3, None)):
             torch.set_num_threads(count)
-            for workspace in (MIB, None):
-                again = as_dict(linear_logps(**args, **options, **fixed, workspace=workspace))
-                for name in first:
-                    assert_same_bits(again[name], first[name])
+            again = as_dict(linear_logps(**args, **options, **fixed, workspace=workspace))
+            for name in first:
+                assert_same_bits(again[name], first[name])
     finally:
         torch.set_num_threads(threads)
-    alone = [slice(t, t + 1) for t in range(0, 60, 7)]  # where a library would call its vector product
-    for chosen in (*alone, slice(7, 12), slice(100, 333), slice(None, None, 3)):
+    alone = [slice(t, t + 1) for t in range(0, 60, 12)]  # where a library would call its vector product
+    for chosen in (*alone, slice(7, 12), slice(100, 233), slice(None, None, 3)):
         some = {k: x[chosen] if k in ("hidden", "targets", "temperature") else x for k, x in args.items()}
         few = as_dict(linear_logps(**some, **options, **fixed))
         for name in first:
@@ -184,9 +180,6 @@ def test_gradients_have_the_same_bits_run_after_run(dtype, backend):
     first, again = (run(linear_logps, args, **call)[1] for _ in range(2))
     for name in first:
         assert_same_bits(again[name], first[name])
-
-
-# ---- refusals
 
 
 def change(**changes):

@@ -251,9 +251,6 @@ def test_gradcheck(trained, name, backend):
     assert torch.autograd.gradcheck(outputs, [args[k].requires_grad_() for k in trained])
 
 
-# ---- references
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["sigmoid", "ipo"])
 def test_references_agree(name, backend):
@@ -296,9 +293,6 @@ def test_reference_free_is_a_uniform_reference():
     assert_same_bits(free["loss"], zero["loss"])
     assert_same_bits(d_free["weight"], d_zero["weight"])
     torch.testing.assert_close(free["chosen_rewards"], 0.1 * free["chosen_logps"])
-
-
-# ---- outputs
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -356,9 +350,6 @@ def test_gradients_through_logps_of_many_chunks(backend):
     assert_gradients(our_loss(args, backend=backend, workspace=MIB, **call)[1], true_loss(args, **call)[1])
 
 
-# ---- reductions and normalisers
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -388,9 +379,6 @@ def test_num_items_makes_accumulation_exact(num_items):
         d_total["weight"] = d_total["weight"] + gradients["weight"]
     torch.testing.assert_close(total, whole["loss"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(d_total["weight"], d_whole["weight"], rtol=1e-5, atol=1e-6)
-
-
-# ---- nothing to learn from
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])

@@ -61,8 +61,8 @@ def assert_contract(args, grads, *, backend="torch", **options):
     assert_no_worse(ours["logps"], fp32["logps"], want["logps"])
     assert d_ours["logits"].dtype == args["logits"].dtype
     assert_gradient(d_ours["logits"], d_want["logits"])
-    if "entropy" in grads:  # eager is better at it: test_entropy_does_not_depend_on_how_unlikely_the_label_is
-        assert_entropy(ours["entropy"], want["entropy"], want["logps"])
+    if "entropy" in grads:  # its gradient, anchored at the label, is held to the contract and not to eager's error
+        assert_entropy(ours["entropy"], want["entropy"])
     else:
         assert_no_worse(d_ours["logits"], d_fp32["logits"], d_want["logits"])
 

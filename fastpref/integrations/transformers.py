@@ -241,7 +241,9 @@ def _check_logits(model: Any) -> None:
         input_ids = torch.arange(4, device=embedding.device)[None] % embedding.shape[0]
         # a fresh cache is no part of the answer, and some models cannot make one outside generate()
         no_cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        logits = model(input_ids=input_ids, **no_cache).logits
+        output = model(input_ids=input_ids, **no_cache)
+        # a model output may begin with a loss (the routers'); a plain tuple begins with the logits
+        logits = output.logits if hasattr(output, "logits") else output[0]
         hidden = model.base_model(input_ids=input_ids, **no_cache)[0]
     finally:
         hook.remove()

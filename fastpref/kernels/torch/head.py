@@ -1,6 +1,7 @@
 """The head's steps in eager PyTorch, a slab of the vocabulary at a time: any device, the same memory contract.
 
-Logits are formed in fp32 from 16-bit inputs (fp64 from fp64), never rounded to 16 bits. A chunk is (n, V).
+Logits are formed in fp32 from 16-bit inputs (fp64 from fp64), never rounded to 16 bits. A chunk is (n, V), or has
+more rows than are used.
 With `deterministic` a library GEMM always sees blocks of one size, so a row's bits do not depend on its neighbours.
 """
 
@@ -85,7 +86,7 @@ def score(
         if chunk is not None:
             if coefs is not None:
                 e *= d.mul_(coefs[1][:, None]).add_(coefs[0][:, None])
-            chunk[:, slab] = e if slope is None else e * slope
+            chunk[:n, slab] = e if slope is None else e * slope
     return Sums(*sums)
 
 
@@ -116,18 +117,20 @@ def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
     """(n, H): F W, in the accumulator's precision."""
     out = torch.zeros(n, weight.shape[1], dtype=accumulator(weight.dtype), device=weight.device)
     for slab in _slabs(max(n, weight.shape[1]), weight.shape[0]):
-        out += _product(chunk[:, slab], weight[slab].to(chunk.dtype))
+        out += _product(chunk[:n, slab], weight[slab].to(chunk.dtype))
     return out
 
 
 def add_d_weight(chunk: Tensor, scaled: Tensor, out: Tensor) -> None:
     """out (V, H) += F^T scaled."""
+    n = scaled.shape[0]
     operand = scaled.to(chunk.dtype) if chunk.is_cuda else scaled
     for slab in _slabs(max(scaled.shape), out.shape[0]):
-        out[slab] += _product(chunk[:, slab].T, operand) if chunk.is_cuda else chunk[:, slab].T.to(out.dtype) @ operand
+        f = chunk[:n, slab].T
+        out[slab] += _product(f, operand) if chunk.is_cuda else f.to(out.dtype) @ operand
 
 
 def add_d_bias(chunk: Tensor, factor: Tensor, out: Tensor) -> None:
     """out (V,) += F^T factor."""
     for slab in _slabs(factor.numel(), out.numel()):
-        out[slab] += factor @ chunk[:, slab].to(factor.dtype)
+        out[slab] += factor @ chunk[: factor.numel(), slab].to(factor.dtype)
