@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import PathFinder
 from random import Random
 from types import SimpleNamespace
 
@@ -147,11 +148,11 @@ def wheels(tmp_path, monkeypatch):
 
 
 def without_pip(monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    find_spec = PathFinder.find_spec
+    monkeypatch.setattr(PathFinder, "find_spec", lambda name, *at: None if name == "pip" else find_spec(name, *at))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed")
+@pytest.mark.skipif(PathFinder.find_spec("pip") is None, reason="pip is not installed")
 def test_pip_gives_one_file_and_installs_nothing(tmp_path, wheels):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -160,7 +161,7 @@ def test_pip_gives_one_file_and_installs_nothing(tmp_path, wheels):
     assert importlib.util.find_spec("tinypack") is None
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed")
+@pytest.mark.skipif(PathFinder.find_spec("pip") is None, reason="pip is not installed")
 def test_a_failing_download_shows_what_pip_said(tmp_path, wheels):
     with pytest.raises(RuntimeError) as raised:
         demo._fetch("here", "tinypack==2.0", "tinypack/data.txt", tmp_path)

