@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from fastpref.kernels.head import accumulator, chunk_dtype, chunk_tokens, default_workspace
+from fastpref.kernels.head_gradients import tile_formed_again
 from fastpref.losses._protocol import COUPLINGS
-from fastpref.ops._head import check_workspace
+from fastpref.ops._head import check_max_extra_bytes, check_workspace
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Plan:
     """One pass is 2 N H V FLOPs, N counting unskipped tokens."""
 
     passes: int
-    chunk_tokens: int  # rows of a stored chunk; 0 if none is stored
+    chunk_tokens: int  # rows whose exponentials are stored at a time; 0 if none are
     chunks: int
     flops: int
     chunk_bytes: int  # of stored exponentials at a time
@@ -37,6 +38,7 @@ def plan(
     couples: str | None,
     device: torch.device | str | None = None,
     workspace: int | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Plan:
     """Passes, FLOPs and memory of one loss call on the head, forward and backward.
 
@@ -48,6 +50,7 @@ def plan(
         couples: what a term of the loss depends on: "token", "sequence", "pair" or "batch". None: no gradient at all.
         device: where; None: cpu.
         workspace: bytes for a chunk; None: the default of the device.
+        max_extra_bytes: bytes that an fp32 copy of the weight's gradient may take; None: what it takes.
     Raises:
         ValueError: a size is negative, or couples is unknown.
     """
@@ -63,33 +66,36 @@ def plan(
     if workspace is None:
         workspace = default_workspace(torch.device(device or "cpu"))
     check_workspace("plan", workspace, vocab_size, dtype)
+    check_max_extra_bytes("plan", max_extra_bytes)
 
     fits = chunk_tokens(hidden_size, vocab_size, dtype, workspace)
-    whole = n_tokens <= fits
     wide = accumulator(dtype).itemsize
-    d_hidden = wide * n_tokens * hidden_size
-    d_weight = wide * vocab_size * hidden_size
+    d_hidden, d_weight = wide * n_tokens * hidden_size, wide * vocab_size * hidden_size
+    columns, stored, kept = vocab_size, min(fits, n_tokens), d_hidden
     if couples is None:
         passes, stored, kept, why = 1, 0, 0, "no gradient: one pass, nothing stored"
     elif not trainable_head:
-        passes, stored, kept = 2, min(fits, n_tokens), d_hidden
-        why = "frozen head: dlogp/dhidden is formed in forward, its rows scaled in backward"
-    elif whole:
-        passes, stored, kept = 3, n_tokens, d_hidden
-        why = "all tokens fit one chunk: it is kept, and backward forms the gradients from it"
-    elif couples != "batch":
-        passes, stored, kept = 3, fits, d_hidden + d_weight
+        passes, why = 2, "frozen head: dlogp/dhidden is formed in forward, its rows scaled in backward"
+    elif n_tokens <= fits:
+        passes, why = 3, "all tokens fit one chunk: it is kept, and backward forms the gradients from it"
+    elif couples != "batch" and (max_extra_bytes is None or d_weight <= max_extra_bytes):
+        passes, kept = 3, d_hidden + d_weight
         why = f"couples = {couples}: gradients are formed in forward from each chunk of whole pairs"
         why += f", if each pair has at most {fits} tokens"
     else:
-        passes, stored, kept = 4, fits, d_hidden + d_weight
-        why = f"couples = batch, and {n_tokens} tokens do not fit one chunk of {fits}: logits are formed again"
+        columns, rows = tile_formed_again(hidden_size, vocab_size, dtype, workspace, d_weight=True)
+        passes, stored, kept = 4, min(rows, n_tokens), d_hidden + wide * columns * hidden_size
+        because = (
+            "couples = batch" if couples == "batch" else f"max_extra_bytes = {max_extra_bytes} is below {d_weight}"
+        )
+        why = f"{because}, and {n_tokens} tokens do not fit one chunk of {fits}: logits are formed again, "
+        why += f"{columns} columns at a time"
     return Plan(
         passes=passes,
         chunk_tokens=stored,
         chunks=-(-n_tokens // stored) if stored else 0,
         flops=passes * 2 * n_tokens * hidden_size * vocab_size,
-        chunk_bytes=stored * vocab_size * chunk_dtype(dtype).itemsize,
+        chunk_bytes=stored * columns * chunk_dtype(dtype).itemsize,
         accumulator_bytes=kept,
         why=why,
     )

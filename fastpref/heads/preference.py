@@ -55,6 +55,7 @@ def linear_preference_loss(
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     workspace: int | None = None,
+    max_extra_bytes: int | None = None,
     deterministic: bool = False,
     check_finite: bool = False,
     backend: str | None = None,
@@ -81,6 +82,8 @@ def linear_preference_loss(
         num_items: pairs over all ranks and micro-batches of the step: the loss is sum / num_items.
         bias, ignore_index, temperature, softcap, logit_scale, rows, workspace, deterministic, check_finite, backend:
             as in linear_logps.
+        max_extra_bytes: where the batch takes several chunks, what the fp32 copy of the weight's gradient may take,
+            4 V H; with less, four passes and no copy.
         cu_seqlens: (2B + 1,) int32: where each sequence's targets start, and the end. Packed input needs it.
         options: the loss's own keywords, as `label_smoothing` of sigmoid.
     Returns:
@@ -105,6 +108,7 @@ def linear_preference_loss(
         "rows": rows,
         "cu_seqlens": cu_seqlens,
         "workspace": workspace,
+        "max_extra_bytes": max_extra_bytes,
         "deterministic": deterministic,
         "check_finite": check_finite,
         "backend": backend,
@@ -119,8 +123,10 @@ def linear_preference_loss(
     job = _Job(terms, beta, flat.targets != ignore_index, sequence, n_pairs, *reference)
 
     trained = any(x is not None and x.requires_grad for x in (flat.weight, flat.bias)) and torch.is_grad_enabled()
-    # in one chunk, under torch.compile or where all pairs are coupled, the loss stands on linear_logps
+    # in one chunk, under torch.compile, where all pairs are coupled or memory is short, it stands on linear_logps
     in_parts = not torch.compiler.is_compiling() and reduction != "none" and terms.couples != "batch"
+    if max_extra_bytes is not None:
+        in_parts = in_parts and flat.weight.numel() * flat.inv_temperature.itemsize <= max_extra_bytes
     if trained and in_parts and n_pairs and flat.backend != "reference" and not rows_of_one_chunk(flat):
 
         def slopes(index: Tensor, scores: Scores, first: int, last: int) -> tuple[Tensor, Tensor]:

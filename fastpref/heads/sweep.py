@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastpref import kernels
 from fastpref.kernels import head as driver
+from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
 
@@ -78,7 +79,7 @@ class _Sweep(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, runs, form, slopes = arguments
         run, problem = form.problem(*tensors)
-        gradients = driver.Gradients.zeros(problem, *ctx.needs_input_grad[:3])
+        gradients = Gradients.zeros(problem, ctx.needs_input_grad[:3])
         loss = problem.inv_temperature.new_zeros(())
         found = []
         with torch.autocast(problem.hidden.device.type, enabled=False):
@@ -90,11 +91,7 @@ class _Sweep(torch.autograd.Function):
                 scores = driver.Scores(*(torch.cat(some) for some in zip(*scored, strict=True)))
                 total, slope = slopes(index, scores, first, last)
                 loss += total
-                upstream = driver.Upstream(slope, None)
-                if chunk is not None:
-                    gradients.add(run, problem, index, scores, upstream, chunk)
-                else:
-                    driver.backward(run, problem, index, scores, upstream, gradients)
+                add_gradients(run, problem, index, scores, Upstream(slope, None), gradients, chunk)
                 found.append(scores)
                 del chunk  # before the next one is made
         parts = [index for index, _, _ in runs]
@@ -109,13 +106,13 @@ class _Sweep(torch.autograd.Function):
         hidden, weight, bias, targets, rows, inv_temperature, index, d_hidden, d_weight, d_bias, *scored = (
             ctx.saved_tensors
         )
-        extra = driver.Gradients(None, None, None)
+        extra = Gradients(None, None, None)
         if grad_logps is not None:
             run, problem = ctx.form.problem(hidden, weight, bias, targets, rows, inv_temperature)
-            extra = driver.Gradients.zeros(problem, *ctx.needs_input_grad[:3])
-            scores, upstream = driver.Scores(*scored), driver.Upstream(grad_logps[index], None)
+            extra = Gradients.zeros(problem, ctx.needs_input_grad[:3])
+            scores, upstream = driver.Scores(*scored), Upstream(grad_logps[index], None)
             with torch.autocast(hidden.device.type, enabled=False):
-                driver.backward(run, problem, index, scores, upstream, extra)
+                add_gradients(run, problem, index, scores, upstream, extra)
         both = ((d_hidden, extra.hidden), (d_weight, extra.weight), (d_bias, extra.bias))
         return (*(_combine(formed, grad_loss, more, hidden.dtype) for formed, more in both), *(None,) * 6)
 

@@ -9,9 +9,10 @@ With z the logits, y the target and a an anchor (the label's own logit, so that 
 
 A row whose S' passes 2^40 is scored once more, anchored at its maximum: its e would not survive 16-bit products.
 A chunk stores F_v = e_v (1 - tanh^2), label entry zero; the label's rank-one terms are added in fp32. DESIGN section 4.
+head_gradients.py goes on from there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -39,6 +40,11 @@ class Head(NamedTuple):
         """Of one fp32 temporary beside a chunk; a handful live at once."""
         return self.workspace // 32
 
+    def rows(self, first: int, last: int) -> "Head":
+        """The head of part of the vocabulary."""
+        bias = None if self.bias is None else self.bias[first:last]
+        return self._replace(weight=self.weight[first:last], bias=bias)
+
 
 class Sums(NamedTuple):
     """(n,) each, over v != y except z, which is over all v."""
@@ -51,15 +57,15 @@ class Sums(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What a backend provides. `chunk` is its own layout of n rows of F, made by `new_chunk`."""
+    """What a backend provides. `chunk` holds n rows of F, or has room for more, in a layout of its own."""
+
+    TOKEN_DIM: int  # the dimension of a chunk that the tokens are along; the vocabulary is along the other
 
     def label_dots(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: ...
 
     def new_chunk(self, n: int, weight: Tensor) -> Tensor: ...
 
-    def put_rows(self, chunk: Tensor, index: Tensor, source: Tensor) -> None: ...
-
-    # `columns` is the chunk of part of the vocabulary. coefs = (c0, c1): the chunk is F (c0 + c1 d)
+    # a target of -1 is none of these rows of weight. coefs = (c0, c1): the chunk is F (c0 + c1 d)
     def score(
         self,
         x: Tensor,
@@ -74,8 +80,6 @@ class Kernels(Protocol):
     def d_hidden(self, chunk: Tensor, n: int, weight: Tensor) -> Tensor: ...
 
     def add_d_weight(self, chunk: Tensor, scaled: Tensor, out: Tensor) -> None: ...
-
-    def columns(self, chunk: Tensor, first: int, last: int) -> Tensor: ...
 
     def add_d_bias(self, chunk: Tensor, factor: Tensor, out: Tensor) -> None: ...
 
@@ -99,9 +103,12 @@ class Problem:
     rows: Tensor | None  # (M,) into hidden
     inv_temperature: Tensor  # (M,)
 
+    def row(self, index: Tensor) -> Tensor:
+        """The rows of hidden that predict the targets at `index`."""
+        return index if self.rows is None else self.rows[index]
+
     def gather(self, index: Tensor) -> Rows:
-        row = index if self.rows is None else self.rows[index]
-        return Rows(self.hidden[row], self.targets[index], self.inv_temperature[index])
+        return Rows(self.hidden[self.row(index)], self.targets[index], self.inv_temperature[index])
 
 
 class Scores(NamedTuple):
@@ -119,6 +126,9 @@ class Scores(NamedTuple):
     @property
     def total(self) -> Tensor:
         return self.label_d.exp() + self.rest
+
+    def at(self, index: Tensor) -> "Scores":
+        return Scores(*(x[index] for x in self))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -207,7 +217,8 @@ def _score_at_maximum(
     few_chunk = None if chunk is None else kernels.new_chunk(few.numel(), head.weight)
     found = kernels.score(x, head, targets, anchor[few], inv_temperature, few_chunk, None)
     if chunk is not None and few_chunk is not None:
-        kernels.put_rows(chunk, few, few_chunk)
+        found_rows = few_chunk.narrow(kernels.TOKEN_DIM, 0, few.numel())
+        chunk.index_copy_(kernels.TOKEN_DIM, few, found_rows)
     for all_rows, some in zip(sums, found, strict=True):
         all_rows[few] = some
 
@@ -225,148 +236,7 @@ def label_logits(kernels: Kernels, head: Head, rows: Rows) -> tuple[Tensor, Tens
     return u * rows.inv_temperature.double(), slope
 
 
-class Upstream(NamedTuple):
-    """Gradients that reach the rows: (n,) each, fp32."""
-
-    logps: Tensor
-    entropy: Tensor | None
-
-
-def rescore(kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream: Upstream, chunk: Tensor) -> None:
-    """F again for a backward, anchored as before; with an entropy gradient, times what it adds for each v."""
-    coefs = None
-    if upstream.entropy is not None:
-        c0 = upstream.logps + upstream.entropy * (scores.entropy - scores.total.log())
-        coefs = (c0, upstream.entropy)
-    kernels.score(rows.x, head, rows.targets, scores.anchor, rows.inv_temperature, chunk, coefs)
-
-
-def row_factors(kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream: Upstream) -> tuple[Tensor, Tensor]:
-    """(n,) each: what F is multiplied by, and the label's own coefficient, so that dL/du = factor F + label at y."""
-    g, h = upstream
-    total = scores.total
-    _, bend = label_logits(kernels, head, rows)
-    scale = rows.inv_temperature * head.logit_scale
-    label = g * scores.rest / total
-    if h is not None:
-        # p log p -> 0 where the label is far below
-        log_p = scores.logps.clamp(min=-200.0)
-        label = label - h * (scores.label_d.exp() / total) * (log_p + scores.entropy)
-    factor = -scale / total if h is not None else -scale * g / total
-    return factor.to(total.dtype), (label * bend.to(total.dtype) * scale).to(total.dtype)
-
-
-@dataclass
-class Gradients:
-    """Accumulators in fp32 (fp64 for fp64 inputs); None where nobody asks."""
-
-    hidden: Tensor | None  # (R, H)
-    weight: Tensor | None  # (V, H)
-    bias: Tensor | None  # (V,)
-
-    @staticmethod
-    def zeros(problem: Problem, hidden: bool, weight: bool, bias: bool) -> "Gradients":
-        dtype = accumulator(problem.hidden.dtype)
-
-        def like(wanted: bool, x: Tensor | None) -> Tensor | None:
-            return torch.zeros(x.shape, dtype=dtype, device=x.device) if wanted and x is not None else None
-
-        head = problem.head
-        return Gradients(like(hidden, problem.hidden), like(weight, head.weight), like(bias, head.bias))
-
-    def add(
-        self, kernels: Kernels, problem: Problem, index: Tensor, scores: Scores, upstream: Upstream, chunk: Tensor
-    ) -> None:
-        """The gradient products of one stored chunk, its rows at `index`."""
-        head, rows = problem.head, problem.gather(index)
-        factor, label, x, chunk = _products(kernels, head, rows, scores, upstream, chunk)
-        if self.hidden is not None:
-            d_rows = kernels.d_hidden(chunk, index.numel(), head.weight)
-            d_rows.mul_(factor[:, None]).add_(head.weight[rows.targets] * label[:, None])
-            self.hidden.index_add_(0, index if problem.rows is None else problem.rows[index], d_rows)
-        if self.weight is not None:
-            kernels.add_d_weight(chunk, x * factor[:, None], self.weight)
-            self.weight.index_add_(0, rows.targets, x * label[:, None])
-        if self.bias is not None:
-            kernels.add_d_bias(chunk, factor, self.bias)
-            self.bias.index_add_(0, rows.targets, label)
-
-
-def _products(
-    kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream: Upstream, chunk: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(factor, label, hidden rows in fp32, chunk) of the gradient products."""
-    factor, label = row_factors(kernels, head, rows, scores, upstream)
-    x = rows.x.to(factor.dtype)
-    silent = upstream.logps == 0 if upstream.entropy is None else (upstream.logps == 0) & (upstream.entropy == 0)
-    # 0 times NaN is NaN: a row that is not finite and sends no gradient must not spoil those that do
-    spoilt = (silent & ~(scores.total.isfinite() & x.isfinite().all(-1))).nonzero()[:, 0]
-    if spoilt.numel():
-        factor, label, x = (t.index_fill(0, spoilt, 0.0) for t in (factor, label, x))
-        chunk = chunk.clone()  # another backward may want these rows
-        kernels.put_rows(chunk, spoilt, torch.zeros_like(kernels.new_chunk(spoilt.numel(), head.weight)))
-    return factor, label, x, chunk
-
-
-def gradients_of_chunk(
-    kernels: Kernels,
-    problem: Problem,
-    index: Tensor,
-    scores: Scores,
-    upstream: Upstream,
-    chunk: Tensor,
-    wanted: Sequence[bool],  # of hidden, weight, bias
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias in their dtypes, of the one chunk that holds all rows."""
-    head, dtype = problem.head, problem.hidden.dtype
-    small = Gradients.zeros(problem, wanted[0], False, wanted[2])
-    small.add(kernels, problem, index, scores, upstream, chunk)
-    d_weight = _d_weight(kernels, head, problem.gather(index), scores, upstream, chunk) if wanted[1] else None
-    d_hidden = None if small.hidden is None else small.hidden.to(dtype)
-    return d_hidden, d_weight, None if small.bias is None else small.bias.to(dtype)
-
-
-def _d_weight(kernels: Kernels, head: Head, rows: Rows, scores: Scores, upstream: Upstream, chunk: Tensor) -> Tensor:
-    """(V, H) in the dtype of the weight: in fp32 only a slab of it at a time."""
-    vocab_size, hidden_size = head.weight.shape
-    out = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
-    factor, label, x, chunk = _products(kernels, head, rows, scores, upstream, chunk)
-    scaled, at_label = x * factor[:, None], x * label[:, None]
-    step = max(256, head.slab_bytes // (4 * hidden_size))
-    for first in range(0, vocab_size, step):
-        last = min(vocab_size, first + step)
-        slab = torch.zeros(last - first, hidden_size, dtype=factor.dtype, device=out.device)
-        kernels.add_d_weight(kernels.columns(chunk, first, last), scaled, slab)
-        inside = ((rows.targets >= first) & (rows.targets < last)).nonzero()[:, 0]
-        slab.index_add_(0, rows.targets[inside] - first, at_label[inside])
-        out[first:last] = slab
-    return out
-
-
 def split(index: Tensor, size: int) -> Iterator[Tensor]:
     """Chunks of `size` and a rest."""
     if index.numel():
         yield from index.split(size)
-
-
-def backward(
-    kernels: Kernels,
-    problem: Problem,
-    index: Tensor,
-    scores: Scores,
-    upstream: Upstream,
-    gradients: Gradients,
-) -> None:
-    """Score the rows at `index` again and add their gradients. A row nobody sends a gradient to costs nothing."""
-    live = upstream.logps != 0
-    if upstream.entropy is not None:
-        live = live | (upstream.entropy != 0)
-    live = live.nonzero()[:, 0]
-    weight = problem.head.weight
-    for part in split(live, chunk_tokens(weight.shape[1], weight.shape[0], weight.dtype, problem.head.workspace)):
-        some_scores = Scores(*(x[part] for x in scores))
-        some_upstream = Upstream(upstream.logps[part], None if upstream.entropy is None else upstream.entropy[part])
-        chunk = kernels.new_chunk(part.numel(), weight)
-        rescore(kernels, problem.head, problem.gather(index[part]), some_scores, some_upstream, chunk)
-        gradients.add(kernels, problem, index[part], some_scores, some_upstream, chunk)
-        del chunk  # before the next one is made

@@ -49,11 +49,16 @@ def flatten(
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     workspace: int | None = None,
+    max_extra_bytes: int | None = None,
     deterministic: bool = False,
     check_finite: bool = False,
     backend: str | None = None,
 ) -> FlatHead:
-    """The call laid flat: shapes, dtypes, devices and options checked; values are checked where the rows are read."""
+    """The call laid flat: shapes, dtypes, devices and options checked; values are checked where the rows are read.
+
+    max_extra_bytes is only checked: a loss that keeps more than a chunk decides by it.
+    """
+    check_max_extra_bytes(fn, max_extra_bytes)
     _check.tensors(fn, hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows, cu_seqlens=cu_seqlens)
     _refuse_sharded(fn, weight=weight, bias=bias)
     if backend is not None and backend not in BACKENDS:
@@ -159,6 +164,11 @@ def check_workspace(fn: str, workspace: int, vocab_size: int, dtype: torch.dtype
         raise ValueError(f"{fn}: workspace is in bytes and must be at least 1 MiB; got {workspace}")
     if workspace < (least := smallest_workspace(vocab_size, dtype)):
         raise ValueError(f"{fn}: workspace must be at least {least} bytes at V = {vocab_size}; got {workspace}")
+
+
+def check_max_extra_bytes(fn: str, max_extra_bytes: int | None) -> None:
+    if max_extra_bytes is not None and (not isinstance(max_extra_bytes, int) or max_extra_bytes < 0):
+        raise ValueError(f"{fn}: max_extra_bytes must be a number of bytes >= 0, or None; got {max_extra_bytes!r}")
 
 
 def check_outputs(fn: str, outputs: Collection[str]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastpref import kernels
 from fastpref.kernels import head as driver
+from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
 from fastpref.kernels.reference.linear_logps import linear_logps as reference
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
@@ -45,6 +46,7 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     workspace: int | None = None,
+    max_extra_bytes: int | None = None,
     deterministic: bool = False,
     check_finite: bool = False,
     backend: str | None = None,
@@ -66,12 +68,14 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
         rows: (M,) the row of packed hidden that predicts each of M targets: one row may serve several.
         cu_seqlens: (S + 1,) bounds of S sequences among the targets. No effect here; accepted as a head option.
         workspace: bytes for the buffers of a chunk. None: 256 MiB on CPU, 1/32 of the memory of a GPU.
+        max_extra_bytes: no effect here, where no second copy of the weight's gradient is ever kept.
         deterministic: fixed GEMM blocks on the torch backend; the C++ kernels always have them.
         check_finite: refuse NaN or infinite hidden, and on CUDA check targets (this waits for the device).
         backend: "cpu", "torch" or "reference"; None: the fastest here.
     Returns:
         logps shaped like targets, float32; with `outputs` a LogPs. Differentiable once in hidden, weight and bias;
-        a second derivative raises.
+        a second derivative raises. Passes over the head: one without gradient; with a frozen head two, three if
+        entropy is asked for; with a trained one three if all rows fit a chunk, else four.
     Raises:
         ValueError: shapes, devices or options do not fit, a target is out of range, or weight is a DTensor.
         TypeError: dtypes differ or are not supported.
@@ -90,17 +94,21 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
         rows=rows,
         cu_seqlens=cu_seqlens,
         workspace=workspace,
+        max_extra_bytes=max_extra_bytes,
         deterministic=deterministic,
         check_finite=check_finite,
         backend=backend,
     )
-    found = token_outputs("linear_logps", flat)
+    found = token_outputs("linear_logps", flat, entropy="entropy" in outputs)
     wanted = {name: found[name].reshape(targets.shape) for name in ("logps", *outputs)}
     return LogPs(**wanted) if outputs else wanted["logps"]
 
 
-def token_outputs(fn: str, flat: _head.FlatHead) -> dict[str, Tensor]:
-    """(M,) each: logps and every extra output."""
+def token_outputs(fn: str, flat: _head.FlatHead, *, entropy: bool = False) -> dict[str, Tensor]:
+    """(M,) each: logps and every extra output; `entropy` says that its gradient may be asked for.
+
+    A frozen head then keeps its chunk if it can, for dlogp/dhidden alone would have to be formed in vain.
+    """
     hidden, weight, bias, targets, rows, inv_temperature, *options = flat
     if flat.backend == "reference":
         _kept(fn, hidden, weight, targets, rows, inv_temperature, flat.ignore_index, flat.check_finite)
@@ -110,8 +118,8 @@ def token_outputs(fn: str, flat: _head.FlatHead) -> dict[str, Tensor]:
     keep_rows, unit = 0, False
     if torch.is_grad_enabled():
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        unit = hidden.requires_grad and not trained
-        keep_rows = rows_of_one_chunk(flat) if trained else 0
+        unit = hidden.requires_grad and not trained and not entropy
+        keep_rows = rows_of_one_chunk(flat) if trained or (entropy and hidden.requires_grad) else 0
     found = _op(fn, hidden, weight, bias, targets, rows, inv_temperature, *options, unit, keep_rows)
     return dict(zip(("logps", *_head.OUTPUTS), found, strict=False))
 
@@ -178,10 +186,9 @@ def _op(
             full[part] = getattr(scores, name)
         if unit_d_hidden and chunk is not None:
             alone = driver.Problem(rows_here.x, head, rows_here.targets, None, rows_here.inv_temperature)
-            gradients = driver.Gradients.zeros(alone, True, False, False)
-            ones = driver.Upstream(torch.ones_like(scores.logps), None)
-            gradients.add(run, alone, torch.arange(part.numel(), device=part.device), scores, ones, chunk)
-            unit[part] = gradients.hidden  # type: ignore[assignment]
+            found, ones = Gradients.zeros(alone, (True, False, False)), Upstream(torch.ones_like(scores.logps), None)
+            add_gradients(run, alone, torch.arange(part.numel(), device=part.device), scores, ones, found, chunk)
+            unit[part] = found.hidden  # type: ignore[assignment]
         del chunk  # before the next one is made
     return *out, top1, state, unit, kept  # type: ignore[return-value]
 
@@ -231,7 +238,7 @@ def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
         logps,
         entropy,
         state,
-        kept if ctx.keep_rows and grad_entropy is None else None,
+        kept if ctx.keep_rows else None,
         ctx.softcap,
         ctx.logit_scale,
         ctx.ignore_index,
@@ -283,15 +290,11 @@ def _backward_op(
     anchor, label_d, rest = state[:, index]
     unused = logps.new_empty(0).expand(index.numel(), 0)
     scores = driver.Scores(anchor, label_d, rest, logps[index], entropy[index], unused, unused, unused)
-    upstream = driver.Upstream(grad_logps[index], None if grad_entropy is None else grad_entropy[index])
-    found: tuple[Tensor | None, ...]
-    if chunk is not None:
-        found = driver.gradients_of_chunk(run, problem, index, scores, upstream, chunk, wanted)
-    else:
-        gradients = driver.Gradients.zeros(problem, *wanted)
-        driver.backward(run, problem, index, scores, upstream, gradients)
-        found = gradients.hidden, gradients.weight, gradients.bias
-    return tuple(hidden.new_empty(0) if x is None else x.to(hidden.dtype) for x in found)  # type: ignore[return-value]
+    upstream = Upstream(grad_logps[index], None if grad_entropy is None else grad_entropy[index])
+    found = Gradients.zeros(problem, wanted, once=True)
+    add_gradients(run, problem, index, scores, upstream, found, chunk)
+    pairs = (found.hidden, hidden), (found.weight, weight), (found.bias, bias)
+    return tuple(hidden.new_empty(0) if x is None else x.to(of.dtype) for x, of in pairs)  # type: ignore
 
 
 @_backward_op.register_fake

@@ -13,6 +13,8 @@ from fastpref.kernels.head import Head, Sums, chunk_dtype
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+TOKEN_DIM = 1
+
 
 def isa() -> str:
     """The instruction set in use: the best of this processor, or FASTPREF_CPU_ISA."""
@@ -44,14 +46,6 @@ def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def new_chunk(n: int, weight: Tensor) -> Tensor:
     stride = -(-n // _cpu.token_pad) * _cpu.token_pad
     return torch.empty(weight.shape[0], stride, dtype=chunk_dtype(weight.dtype))
-
-
-def put_rows(chunk: Tensor, index: Tensor, source: Tensor) -> None:
-    chunk[:, index] = source[:, : index.numel()]
-
-
-def columns(chunk: Tensor, first: int, last: int) -> Tensor:
-    return chunk[first:last]
 
 
 def score(

@@ -13,6 +13,8 @@ from fastpref.kernels.head import Head, Sums, accumulator, chunk_dtype
 # when deterministic: rows of a GEMM, and what its columns are derived from
 BLOCK, BLOCK_WORKSPACE = 64, 32 * 2**20
 
+TOKEN_DIM = 0
+
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the accumulator's precision."""
@@ -37,14 +39,6 @@ def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def new_chunk(n: int, weight: Tensor) -> Tensor:
     return torch.empty(n, weight.shape[0], dtype=chunk_dtype(weight.dtype), device=weight.device)
-
-
-def put_rows(chunk: Tensor, index: Tensor, source: Tensor) -> None:
-    chunk[index] = source
-
-
-def columns(chunk: Tensor, first: int, last: int) -> Tensor:
-    return chunk[:, first:last]
 
 
 def score(
