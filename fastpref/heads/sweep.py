@@ -42,7 +42,7 @@ def sweep(
         flat.check_finite,
     )
     vocab_size, hidden_size = flat.weight.shape
-    capacity = driver.chunk_tokens(hidden_size, vocab_size, flat.weight.dtype, flat.workspace)
+    capacity = driver.chunk_tokens(hidden_size, vocab_size, flat.hidden.dtype, flat.workspace)
     tensors = flat.hidden, flat.weight, flat.bias, flat.targets, flat.rows, flat.inv_temperature
     form = _Form(flat.softcap, flat.logit_scale, flat.deterministic, flat.backend, flat.workspace, capacity)
     runs = list(_runs_of_groups(index, group, n_groups, capacity))
@@ -85,7 +85,7 @@ class _Sweep(torch.autograd.Function):
         with torch.autocast(problem.hidden.device.type, enabled=False):
             for index, first, last in runs:
                 fits = index.numel() <= form.capacity
-                chunk = run.new_chunk(index.numel(), problem.head.weight) if fits else None
+                chunk = run.new_chunk(index.numel(), problem.head.weight, problem.hidden.dtype) if fits else None
                 pieces = index.split(form.capacity)
                 scored = [driver.score(run, problem.head, problem.gather(piece), chunk) for piece in pieces]
                 scores = driver.Scores(*(torch.cat(some) for some in zip(*scored, strict=True)))
@@ -113,8 +113,9 @@ class _Sweep(torch.autograd.Function):
             scores, upstream = driver.Scores(*scored), Upstream(grad_logps[index], None)
             with torch.autocast(hidden.device.type, enabled=False):
                 add_gradients(run, problem, index, scores, upstream, extra)
-        both = ((d_hidden, extra.hidden), (d_weight, extra.weight), (d_bias, extra.bias))
-        return (*(_combine(formed, grad_loss, more, hidden.dtype) for formed, more in both), *(None,) * 6)
+        of_hidden = _combine(d_hidden, grad_loss, extra.hidden, hidden.dtype)
+        of_weight = _combine(d_weight, grad_loss, extra.weight, weight.dtype)
+        return of_hidden, of_weight, _combine(d_bias, grad_loss, extra.bias, hidden.dtype), *(None,) * 6
 
 
 def _outputs(ctx: Any, problem: driver.Problem, parts: list[Tensor], found: list[driver.Scores]) -> list[Tensor]:

@@ -57,13 +57,16 @@ class Sums(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What a backend provides. `chunk` holds n rows of F, or has room for more, in a layout of its own."""
+    """What a backend provides. `chunk` holds n rows of F, or has room for more, in a layout of its own.
+
+    The weight is read in the dtype of hidden, `dtype`, whatever its own is.
+    """
 
     TOKEN_DIM: int  # the dimension of a chunk that the tokens are along; the vocabulary is along the other
 
     def label_dots(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: ...
 
-    def new_chunk(self, n: int, weight: Tensor) -> Tensor: ...
+    def new_chunk(self, n: int, weight: Tensor, dtype: torch.dtype) -> Tensor: ...
 
     # a target of -1 is none of these rows of weight. coefs = (c0, c1): the chunk is F (c0 + c1 d)
     def score(
@@ -214,7 +217,7 @@ def _score_at_maximum(
     """Scores the rows at `few` again; writes what they give into anchor, sums and chunk."""
     x, targets, inv_temperature = rows.x[few], rows.targets[few], rows.inv_temperature[few]
     anchor[few] += sums.max_d[few].to(anchor.dtype)
-    few_chunk = None if chunk is None else kernels.new_chunk(few.numel(), head.weight)
+    few_chunk = None if chunk is None else kernels.new_chunk(few.numel(), head.weight, x.dtype)
     found = kernels.score(x, head, targets, anchor[few], inv_temperature, few_chunk, None)
     if chunk is not None and few_chunk is not None:
         found_rows = few_chunk.narrow(kernels.TOKEN_DIM, 0, few.numel())

@@ -97,7 +97,7 @@ def add_gradients(
     if chunk is not None and not _tells_d(chunk, upstream, head):
         chunk = None
     if chunk is None:
-        form = head.weight.shape[1], vocab_size, head.weight.dtype, head.workspace
+        form = head.weight.shape[1], vocab_size, problem.hidden.dtype, head.workspace
         step, size = tile_formed_again(*form, d_weight=out.weight is not None)
     else:
         step, size = _blocks(head.slab_bytes // (4 * max(head.weight.shape[1], live.numel()))), max(1, live.numel())
@@ -105,7 +105,8 @@ def add_gradients(
     parts = [_part(kernels, problem, index[piece], scores.at(piece), upstream.at(piece)) for piece in split(live, size)]
     as_stored = chunk is not None and not some_dead and upstream.entropy is None
     for part in parts if out.hidden is not None else ():
-        at_label = head.weight[problem.targets[part.index]] * part.label[:, None]
+        w_y = head.weight[problem.targets[part.index]].to(problem.hidden.dtype)
+        at_label = w_y * part.label[:, None]
         out.hidden.index_add_(0, problem.row(part.index), at_label.to(out.hidden.dtype))  # type: ignore[union-attr]
         if chunk is not None and as_stored:
             _add_d_hidden(kernels, problem, part, chunk, head.weight, out)
@@ -121,7 +122,7 @@ def add_gradients(
             else:
                 f = chunk.narrow(1 - kernels.TOKEN_DIM, first, slab.stop - first)
                 if some_dead:
-                    f = _packed(kernels, f.index_select(kernels.TOKEN_DIM, live), head.weight[slab])
+                    f = _packed(kernels, f.index_select(kernels.TOKEN_DIM, live), head.weight[slab], f.dtype)
                 if part.coefs is not None:
                     f = _with_entropy(kernels, f, part.coefs, head.weight[slab])
             if not as_stored:
@@ -178,15 +179,15 @@ def _form_again(kernels: Kernels, head: Head, first: int, rows: Rows, part: _Par
     vocab_size = head.weight.shape[0]
     inside = (rows.targets >= first) & (rows.targets < first + vocab_size)
     targets = torch.where(inside, rows.targets - first, -1)
-    f = kernels.new_chunk(targets.numel(), head.weight)
+    f = kernels.new_chunk(targets.numel(), head.weight, rows.x.dtype)
     kernels.score(rows.x, head, targets, part.scores.anchor, rows.inv_temperature, f, part.coefs)
     return f
 
 
-def _packed(kernels: Kernels, values: Tensor, weight: Tensor) -> Tensor:
+def _packed(kernels: Kernels, values: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A chunk of its own with these values."""
     n = values.shape[kernels.TOKEN_DIM]
-    out = kernels.new_chunk(n, weight)
+    out = kernels.new_chunk(n, weight, dtype)
     out.narrow(kernels.TOKEN_DIM, 0, n).copy_(values)
     out.narrow(kernels.TOKEN_DIM, n, out.shape[kernels.TOKEN_DIM] - n).zero_()
     return out
@@ -197,7 +198,7 @@ def _with_entropy(kernels: Kernels, f: Tensor, coefs: tuple[Tensor, Tensor], wei
     c0, c1 = (c.unsqueeze(1 - kernels.TOKEN_DIM) for c in coefs)
     e = f.narrow(kernels.TOKEN_DIM, 0, coefs[0].numel()).to(c0.dtype)
     weighed = torch.where(e > 0, e.log(), 0.0).mul_(c1).add_(c0).mul_(e)
-    return _packed(kernels, weighed, weight)
+    return _packed(kernels, weighed, weight, f.dtype)
 
 
 def _add_d_hidden(kernels: Kernels, problem: Problem, part: _Part, f: Tensor, weight: Tensor, out: Gradients) -> None:

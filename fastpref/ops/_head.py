@@ -21,7 +21,7 @@ class FlatHead(NamedTuple):
     """R rows of hidden, M targets."""
 
     hidden: Tensor  # (R, H)
-    weight: Tensor  # (V, H)
+    weight: Tensor  # (V, H) in the dtype of hidden, or fp32
     bias: Tensor | None  # (V,)
     targets: Tensor  # (M,) int64
     rows: Tensor | None  # (M,) int64
@@ -63,17 +63,20 @@ def flatten(
     _refuse_sharded(fn, weight=weight, bias=bias)
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{fn}: backend must be None or one of {', '.join(BACKENDS)}; got {backend!r}")
+    autocast_weight = False
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden, bias = hidden.to(dtype), None if bias is None else bias.to(dtype)
+        # an fp32 weight is rounded as it is read: no copy of it, and its gradient stays fp32
+        autocast_weight = weight.dtype == torch.float32
+        weight = weight if autocast_weight else weight.to(dtype)
 
     _check.rank(fn, (2, 3), hidden=hidden)
     _check.rank(fn, (2,), weight=weight)
     _check.rank(fn, (1,), bias=bias, rows=rows, cu_seqlens=cu_seqlens)
     eager = backend in ("reference", "torch")
     _check.floating(fn, (*_check.FLOATS, *((torch.float64,) if eager else ())), hidden=hidden)
-    _check.same_dtype(fn, hidden=hidden, weight=weight, bias=bias)
+    _check.same_dtype(fn, hidden=hidden, weight=None if autocast_weight else weight, bias=bias)
     _check.same_device(fn, hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows, cu_seqlens=cu_seqlens)
     vocab_size, hidden_size = weight.shape
     if hidden.shape[-1] != hidden_size:
@@ -90,7 +93,7 @@ def flatten(
     check_bending(fn, softcap, logit_scale)
     if workspace is None:
         workspace = default_workspace(hidden.device)
-    check_workspace(fn, workspace, vocab_size, weight.dtype)
+    check_workspace(fn, workspace, vocab_size, hidden.dtype)
     if not isinstance(ignore_index, int):
         raise TypeError(f"{fn}: ignore_index must be an int; got {type(ignore_index).__name__}")
     return FlatHead(

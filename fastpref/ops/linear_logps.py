@@ -131,7 +131,7 @@ def rows_of_one_chunk(flat: _head.FlatHead) -> int:
     if not torch.compiler.is_compiling() and not flat.targets.is_cuda:
         count = int((flat.targets != flat.ignore_index).sum())
     vocab_size, hidden_size = flat.weight.shape
-    return count if count <= driver.chunk_tokens(hidden_size, vocab_size, flat.weight.dtype, flat.workspace) else 0
+    return count if count <= driver.chunk_tokens(hidden_size, vocab_size, flat.hidden.dtype, flat.workspace) else 0
 
 
 def _kept(fn: str, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -172,14 +172,14 @@ def _op(
     top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
     state = hidden.new_zeros((3, targets.numel()), dtype=dtype)
     unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
-    kept = run.new_chunk(keep_rows, weight) if keep_rows else hidden.new_empty(0)
+    kept = run.new_chunk(keep_rows, weight, hidden.dtype) if keep_rows else hidden.new_empty(0)
     vocab_size, hidden_size = weight.shape
     size = driver.score_tokens(hidden_size, vocab_size, workspace)
     if unit_d_hidden or keep_rows:
-        size = driver.chunk_tokens(hidden_size, vocab_size, weight.dtype, workspace)
+        size = driver.chunk_tokens(hidden_size, vocab_size, hidden.dtype, workspace)
     for part in driver.split(index, size):
         rows_here = problem.gather(part)
-        chunk = run.new_chunk(part.numel(), weight) if unit_d_hidden else kept if keep_rows else None
+        chunk = run.new_chunk(part.numel(), weight, hidden.dtype) if unit_d_hidden else kept if keep_rows else None
         scores = driver.score(run, head, rows_here, chunk)
         state[:, part] = torch.stack((scores.anchor, scores.label_d, scores.rest))
         for full, name in zip((*out, top1), ("logps", *_head.OUTPUTS), strict=True):
@@ -202,7 +202,7 @@ def _(fn: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
     state = hidden.new_empty((3, targets.shape[0]), dtype=dtype)
     unit = hidden.new_empty((targets.shape[0] if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
     run = kernels.choose("head", hidden.device.type, backend)
-    return *out, top1, state, unit, run.new_chunk(keep_rows, weight) if keep_rows else hidden.new_empty(0)
+    return *out, top1, state, unit, run.new_chunk(keep_rows, weight, hidden.dtype) if keep_rows else hidden.new_empty(0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -43,9 +43,9 @@ def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return out
 
 
-def new_chunk(n: int, weight: Tensor) -> Tensor:
+def new_chunk(n: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
     stride = -(-n // _cpu.token_pad) * _cpu.token_pad
-    return torch.empty(weight.shape[0], stride, dtype=chunk_dtype(weight.dtype))
+    return torch.empty(weight.shape[0], stride, dtype=chunk_dtype(dtype))
 
 
 def score(

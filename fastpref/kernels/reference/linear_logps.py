@@ -23,7 +23,7 @@ def linear_logps(
     """(M,) each: logps, entropy, log_sum_sq_probs, mean_logits, is_top1; zero where the target is ignored."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     kept = (targets != ignore_index).nonzero()[:, 0]
-    u = hidden[kept if rows is None else rows[kept]].to(dtype) @ weight.to(dtype).T
+    u = hidden[kept if rows is None else rows[kept]].to(dtype) @ weight.to(hidden.dtype).to(dtype).T
     if bias is not None:
         u = u + bias.to(dtype)
     found = selective_logps(u, targets[kept], inv_temperature[kept], softcap, logit_scale, ignore_index)

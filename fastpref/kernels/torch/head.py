@@ -33,12 +33,15 @@ def _slabs(n: int, vocab_size: int, slab_bytes: int = 2 * 2**20) -> list[slice]:
 def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(n,) fp64: x . w_y."""
     return torch.cat(
-        [(a.double() * weight[y].double()).sum(-1) for a, y in zip(x.split(1024), targets.split(1024), strict=True)]
+        [
+            (a.double() * weight[y].to(x.dtype).double()).sum(-1)
+            for a, y in zip(x.split(1024), targets.split(1024), strict=True)
+        ]
     )
 
 
-def new_chunk(n: int, weight: Tensor) -> Tensor:
-    return torch.empty(n, weight.shape[0], dtype=chunk_dtype(weight.dtype), device=weight.device)
+def new_chunk(n: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(n, weight.shape[0], dtype=chunk_dtype(dtype), device=weight.device)
 
 
 def score(
@@ -56,7 +59,7 @@ def score(
     sums = torch.zeros(len(Sums._fields), n, dtype=torch.float64, device=x.device)
     sums[4] = -torch.inf
     for slab in _slabs(n, weight.shape[0], head.slab_bytes):
-        z = _product(x, weight[slab].T)
+        z = _product(x, weight[slab].to(x.dtype).T)
         if head.bias is not None:
             z += head.bias[slab]
         z *= head.logit_scale
@@ -97,7 +100,7 @@ def _score_blocks(
     n, plain, parts = x.shape[0], head._replace(deterministic=False, workspace=BLOCK_WORKSPACE), []
     for first in range(0, n, BLOCK):
         index = torch.arange(first, first + BLOCK, device=x.device).clamp(max=n - 1)
-        block = None if chunk is None else new_chunk(BLOCK, head.weight)
+        block = None if chunk is None else new_chunk(BLOCK, head.weight, x.dtype)
         some = None if coefs is None else (coefs[0][index], coefs[1][index])
         sums = score(x[index], plain, targets[index], anchor[index], inv_temperature[index], block, some)
         live = min(BLOCK, n - first)
@@ -109,7 +112,7 @@ def _score_blocks(
 
 def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
     """(n, H): F W, in the accumulator's precision."""
-    out = torch.zeros(n, weight.shape[1], dtype=accumulator(weight.dtype), device=weight.device)
+    out = torch.zeros(n, weight.shape[1], dtype=accumulator(chunk.dtype), device=weight.device)
     for slab in _slabs(max(n, weight.shape[1]), weight.shape[0]):
         out += _product(chunk[:n, slab], weight[slab].to(chunk.dtype))
     return out
