@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastpref.heads.sweep import sweep
-from fastpref.kernels.head import Scores
 from fastpref.losses._protocol import Loss, Terms, resolve
 from fastpref.losses.preference import PREFERENCE_LOSSES, Pairs, Tokens, check_beta, rewards
 from fastpref.ops import _check, _head
@@ -128,11 +127,8 @@ def linear_preference_loss(
     if max_extra_bytes is not None:
         in_parts = in_parts and flat.weight.numel() * flat.inv_temperature.itemsize <= max_extra_bytes
     if trained and in_parts and n_pairs and flat.backend != "reference" and not rows_of_one_chunk(flat):
-
-        def slopes(index: Tensor, scores: Scores, first: int, last: int) -> tuple[Tensor, Tensor]:
-            return job.slopes(index, scores, first, last, scale)
-
-        loss, found = sweep(FN, flat, sequence % n_pairs, n_pairs, slopes)
+        loss, found = sweep(FN, flat, sequence % n_pairs, n_pairs, job.loss_of)
+        loss = loss * scale
         pairs = job.pairs(found["logps"], found)
     else:
         found = token_outputs(FN, flat)
@@ -244,27 +240,16 @@ class _Job:
         """All pairs; `logps` and `outputs` (M,)."""
         return self._pairs(logps, outputs, self.live, self.sequence, self.n_pairs, self.ref_sums, self.ref_tokens)
 
-    def slopes(
-        self, index: Tensor, scores: Scores, first: int, last: int, scale: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, dloss/dlogps) of pairs first to last - 1, whose targets are at `index`."""
+    def loss_of(self, index: Tensor, outputs: dict[str, Tensor], first: int, last: int) -> Tensor:
+        """The sum of the losses of pairs first to last - 1, whose targets are at `index`; `outputs` (n,) each."""
         n = last - first
         pair, is_rejected = self.sequence[index] % self.n_pairs, self.sequence[index] >= self.n_pairs
         here = torch.arange(first, last, device=index.device)
         ref_sums = None if self.ref_sums is None else self.ref_sums[torch.cat((here, here + self.n_pairs))]
         ref_tokens = None if self.ref_tokens is None else self.ref_tokens[index]
-        outputs = {name: getattr(scores, name) for name in _head.OUTPUTS}
         live, sequence = torch.ones_like(index, dtype=torch.bool), pair - first + n * is_rejected
-        # a graph of its own: hooks on saved tensors, such as a checkpoint's, are for the graph around it
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            logps = scores.logps.detach().requires_grad_()
-            pairs = self._pairs(logps, outputs, live, sequence, n, ref_sums, ref_tokens)
-            loss = self.terms(FN, pairs.chosen_logps, pairs, beta=self.beta).sum() * scale
-            if not loss.requires_grad:  # a loss of nothing that is trained
-                return loss, torch.zeros_like(logps)
-            _refuse_learnable(loss, logps)
-            (slope,) = torch.autograd.grad(loss, logps, materialize_grads=True, allow_unused=True)
-        return loss.detach(), slope
+        pairs = self._pairs(outputs["logps"], outputs, live, sequence, n, ref_sums, ref_tokens)
+        return self.terms(FN, pairs.chosen_logps, pairs, beta=self.beta).sum()
 
     def _pairs(
         self,
@@ -291,27 +276,6 @@ class _Job:
         tokens = Tokens(logps, ref_tokens, live, sequence, {name: outputs[name].detach() for name in _head.OUTPUTS})
         ref_chosen, ref_rejected = (None, None) if ref_sums is None else halves(ref_sums)
         return Pairs(*halves(sums(logps)), ref_chosen, ref_rejected, *halves(lengths), tokens, FN)
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-def _refuse_learnable(loss: Tensor, logps: Tensor) -> None:
-    """Raises if something beside the log-probs would get a gradient from this graph: here it would get none."""
-    seen, ahead = set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not logps:
-            raise ValueError(
-                f"{FN}: the loss must depend on nothing learnable but the log-probs; got a tensor of shape "
-                f'{tuple(leaf.shape)} that requires grad: use reduction="none", or linear_logps and your loss on it'
-            )
-        ahead.extend(next_node for next_node, _ in node.next_functions)
 
 
 def _metrics(pairs: Pairs, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:

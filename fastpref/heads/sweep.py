@@ -1,12 +1,13 @@
 """A loss on the log-probs of a trained head in three passes, where its rows do not fit one chunk.
 
-A chunk holds whole groups of rows (pairs). A group's log-probs give its slopes g = dL/dlogp, and its gradients are
-formed in forward, before the next group overwrites the chunk; kept are dL/dhidden and dL/dweight in fp32, multiplied
-in backward by the upstream factor. A group larger than a chunk is scored, and then scored again in pieces: one more
-pass for its rows.
+A chunk holds whole groups of rows: tokens, sequences or pairs, whatever a term of the loss depends on. A group's
+log-probs give its slopes g = dL/dlogp, h = dL/dentropy, and its gradients are formed in forward, before the next group
+overwrites the chunk; kept are dL/dhidden and dL/dweight in fp32, multiplied in backward by the upstream factor. A group
+larger than a chunk is scored, and then scored again in pieces: one more pass for its rows.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +19,18 @@ from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
 
-# (index into the targets, their Scores, first group, last group + 1) -> (sum of the losses of these groups, dL/dlogps)
-Slopes = Callable[[Tensor, driver.Scores, int, int], tuple[Tensor, Tensor]]
+# (index into the targets, their logps, entropy and other outputs, first group, last group + 1) -> the loss of these
+# groups, a sum; differentiable in logps and entropy
+GroupLoss = Callable[[Tensor, dict[str, Tensor], int, int], Tensor]
 
 
 def sweep(
-    fn: str, flat: _head.FlatHead, group: Tensor, n_groups: int, slopes: Slopes
+    fn: str, flat: _head.FlatHead, group: Tensor, n_groups: int, loss_of: GroupLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, token outputs (M,) each). `group` (M,): the rows of one group are scored together.
 
-    `slopes` is called once a chunk, for a run of whole groups; a group without rows is in one of the runs.
-    Differentiable in hidden, weight and bias, through the loss and through the outputs' logps.
+    `loss_of` is called once a chunk, for a run of whole groups; a group without rows is in one of the runs.
+    Differentiable in hidden, weight and bias, through the loss and through logps and entropy of the outputs.
     """
     index = _head.kept_index(
         fn,
@@ -46,7 +48,7 @@ def sweep(
     tensors = flat.hidden, flat.weight, flat.bias, flat.targets, flat.rows, flat.inv_temperature
     form = _Form(flat.softcap, flat.logit_scale, flat.deterministic, flat.backend, flat.workspace, capacity)
     runs = list(_runs_of_groups(index, group, n_groups, capacity))
-    loss, *outputs = _Sweep.apply(*tensors, runs, form, slopes)
+    loss, *outputs = _Sweep.apply(*tensors, runs, form, partial(_slopes, fn, loss_of))
     return loss, dict(zip(("logps", *_head.OUTPUTS), outputs, strict=True))
 
 
@@ -77,7 +79,7 @@ class _Form(NamedTuple):
 class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, runs, form, slopes = arguments
+        *tensors, runs, form, slopes_of = arguments
         run, problem = form.problem(*tensors)
         gradients = Gradients.zeros(problem, ctx.needs_input_grad[:3])
         loss = problem.inv_temperature.new_zeros(())
@@ -89,9 +91,9 @@ class _Sweep(torch.autograd.Function):
                 pieces = index.split(form.capacity)
                 scored = [driver.score(run, problem.head, problem.gather(piece), chunk) for piece in pieces]
                 scores = driver.Scores(*(torch.cat(some) for some in zip(*scored, strict=True)))
-                total, slope = slopes(index, scores, first, last)
+                total, upstream = slopes_of(index, scores, first, last)
                 loss += total
-                add_gradients(run, problem, index, scores, Upstream(slope, None), gradients, chunk)
+                add_gradients(run, problem, index, scores, upstream, gradients, chunk)
                 found.append(scores)
                 del chunk  # before the next one is made
         parts = [index for index, _, _ in runs]
@@ -102,15 +104,19 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
         hidden, weight, bias, targets, rows, inv_temperature, index, d_hidden, d_weight, d_bias, *scored = (
             ctx.saved_tensors
         )
         extra = Gradients(None, None, None)
-        if grad_logps is not None:
+        if grad_logps is not None or grad_entropy is not None:
             run, problem = ctx.form.problem(hidden, weight, bias, targets, rows, inv_temperature)
             extra = Gradients.zeros(problem, ctx.needs_input_grad[:3])
-            scores, upstream = driver.Scores(*scored), Upstream(grad_logps[index], None)
+            scores = driver.Scores(*scored)
+            of_logps = torch.zeros_like(scores.logps) if grad_logps is None else grad_logps[index]
+            upstream = Upstream(of_logps, None if grad_entropy is None else grad_entropy[index])
             with torch.autocast(hidden.device.type, enabled=False):
                 add_gradients(run, problem, index, scores, upstream, extra)
         of_hidden = _combine(d_hidden, grad_loss, extra.hidden, hidden.dtype)
@@ -127,8 +133,45 @@ def _outputs(ctx: Any, problem: driver.Problem, parts: list[Tensor], found: list
         out.append(torch.zeros(problem.targets.shape, dtype=dtype, device=problem.targets.device))
         for part, scores in zip(parts, found, strict=True):
             out[-1][part] = getattr(scores, name)
-    ctx.mark_non_differentiable(*out[1:])
+    ctx.mark_non_differentiable(*out[2:])
     return out
+
+
+def _slopes(
+    fn: str, loss_of: GroupLoss, index: Tensor, scores: driver.Scores, first: int, last: int
+) -> tuple[Tensor, Upstream]:
+    """(loss, its slopes) of the groups first to last - 1, whose targets are at `index`."""
+    # a graph of its own: hooks on saved tensors, such as a checkpoint's, are for the graph around it
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        outputs = {name: getattr(scores, name).detach() for name in ("logps", *_head.OUTPUTS)}
+        leaves = outputs["logps"].requires_grad_(), outputs["entropy"].requires_grad_()
+        loss = loss_of(index, outputs, first, last)
+        if not loss.requires_grad:  # a loss of nothing that is trained
+            return loss, Upstream(torch.zeros_like(scores.logps), None)
+        _refuse_learnable(fn, loss, leaves)
+        of_logps, of_entropy = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return loss.detach(), Upstream(torch.zeros_like(scores.logps) if of_logps is None else of_logps, of_entropy)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _refuse_learnable(fn: str, loss: Tensor, leaves: tuple[Tensor, ...]) -> None:
+    """Raises if something beside `leaves` would get a gradient from this graph: here it would get none."""
+    seen, ahead = set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is known for known in leaves):
+            raise ValueError(
+                f"{fn}: the loss must depend on nothing learnable but the log-probs; got a tensor of shape "
+                f'{tuple(leaf.shape)} that requires grad: use reduction="none", or linear_logps and your loss on it'
+            )
+        ahead.extend(next_node for next_node, _ in node.next_functions)
 
 
 def _runs_of_groups(index: Tensor, group: Tensor, n_groups: int, capacity: int) -> Iterator[tuple[Tensor, int, int]]:
