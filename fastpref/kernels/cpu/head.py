@@ -21,13 +21,14 @@ def isa() -> str:
     return os.environ.get("FASTPREF_CPU_ISA") or _cpu.head_isas()[0]
 
 
-def _rows(weight: Tensor) -> Tensor:
+def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = weight.to(dtype)
     return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
 def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(n,) fp64: x . w_y, summed in fp64."""
-    weight, (n, hidden_size) = _rows(weight), x.shape
+    weight, (n, hidden_size) = _rows(weight, x.dtype), x.shape
     out = torch.empty(n, dtype=torch.float64)
     _cpu.label_dots(
         x.data_ptr(),
@@ -57,7 +58,7 @@ def score(
     chunk: Tensor | None,
     coefs: tuple[Tensor, Tensor] | None,
 ) -> Sums:
-    weight, (n, hidden_size) = _rows(head.weight), x.shape
+    weight, (n, hidden_size) = _rows(head.weight, x.dtype), x.shape
     bias = None if head.bias is None else head.bias.float().contiguous()
     c0, c1 = (c.contiguous() for c in coefs) if coefs else (None, None)
     x, anchor, inv_temperature = x.contiguous(), anchor.contiguous(), inv_temperature.contiguous()
@@ -84,7 +85,9 @@ def score(
 
 def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
     """(n, H) fp32: F W."""
-    weight = _rows(weight)
+    if chunk.dtype == torch.bfloat16 and weight.dtype == torch.float32:
+        weight = weight.bfloat16()
+    weight = _rows(weight, weight.dtype)
     vocab_size, hidden_size = weight.shape
     out = torch.empty(n, hidden_size)
     _cpu.head_d_hidden(
