@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.heads.sweep import sweep
+from fastpref.heads.sweep import in_parts, sweep
 from fastpref.losses._protocol import Loss, Terms, resolve
 from fastpref.losses.preference import PREFERENCE_LOSSES, Pairs, Tokens, check_beta, rewards
 from fastpref.ops import _check, _head
-from fastpref.ops.linear_logps import rows_of_one_chunk, token_outputs
+from fastpref.ops.linear_logps import token_outputs
 
 FN = "linear_preference_loss"
 REDUCTIONS = ("mean", "sum", "none")
@@ -121,12 +121,7 @@ def linear_preference_loss(
     scale = _scale(reduction, num_items, n_pairs)
     job = _Job(terms, beta, flat.targets != ignore_index, sequence, n_pairs, *reference)
 
-    trained = any(x is not None and x.requires_grad for x in (flat.weight, flat.bias)) and torch.is_grad_enabled()
-    # in one chunk, under torch.compile, where all pairs are coupled or memory is short, it stands on linear_logps
-    in_parts = not torch.compiler.is_compiling() and reduction != "none" and terms.couples != "batch"
-    if max_extra_bytes is not None:
-        in_parts = in_parts and flat.weight.numel() * flat.inv_temperature.itemsize <= max_extra_bytes
-    if trained and in_parts and n_pairs and flat.backend != "reference" and not rows_of_one_chunk(flat):
+    if n_pairs and reduction != "none" and in_parts(flat, terms.couples, max_extra_bytes):
         loss, found = sweep(FN, flat, sequence % n_pairs, n_pairs, job.loss_of)
         loss = loss * scale
         pairs = job.pairs(found["logps"], found)

@@ -18,10 +18,29 @@ from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
+from fastpref.ops.linear_logps import rows_of_one_chunk
 
 # (index into the targets, their logps, entropy and other outputs, first group, last group + 1) -> the loss of these
 # groups, a sum; differentiable in logps and entropy
 GroupLoss = Callable[[Tensor, dict[str, Tensor], int, int], Tensor]
+
+
+def in_parts(flat: _head.FlatHead, couples: str, max_extra_bytes: int | None) -> bool:
+    """Whether `sweep` is what a loss wants. Where it is not, the loss stands on linear_logps.
+
+    So it does with a frozen head, in one chunk, where all rows are coupled, where `max_extra_bytes` has no room for an
+    fp32 copy of the weight's gradient, and under torch.compile.
+    """
+    trained = any(x is not None and x.requires_grad for x in (flat.weight, flat.bias)) and torch.is_grad_enabled()
+    copy = flat.weight.numel() * flat.inv_temperature.itemsize
+    return (
+        trained
+        and couples != "batch"
+        and flat.backend != "reference"
+        and (max_extra_bytes is None or copy <= max_extra_bytes)
+        and not torch.compiler.is_compiling()
+        and not rows_of_one_chunk(flat)
+    )
 
 
 def sweep(
