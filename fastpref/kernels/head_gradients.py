@@ -8,7 +8,7 @@ that no second copy of the whole weight is ever needed, and exponentials formed 
 A row that gets no gradient from upstream costs nothing here. An entropy's gradient multiplies F_v by c0 + c1 d_v.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,6 @@ from fastpref.kernels.head import (
     chunk_dtype,
     chunk_tokens,
     label_logits,
-    split,
 )
 
 SLAB_BLOCK = 480  # rows of the C++ kernels' blocks of the vocabulary
@@ -78,6 +77,14 @@ class _Part:
     coefs: tuple[Tensor, Tensor] | None
 
 
+class _Operands(NamedTuple):
+    """What the products of a part read beside F."""
+
+    rows: Rows
+    x: Tensor  # (n, H) fp32
+    scaled: Tensor  # (n, H) factor x
+
+
 def add_gradients(
     kernels: Kernels,
     problem: Problem,
@@ -92,45 +99,72 @@ def add_gradients(
     `chunk` holds F of these rows. Without it, and where an entropy's gradient needs more than it tells, F is formed
     again: one GEMM more.
     """
-    head, live = problem.head, upstream.live()
-    vocab_size = head.weight.shape[0]
-    if chunk is not None and not _tells_d(chunk, upstream, head):
-        chunk = None
-    if chunk is None:
-        form = head.weight.shape[1], vocab_size, problem.hidden.dtype, head.workspace
-        step, size = tile_formed_again(*form, d_weight=out.weight is not None)
-    else:
-        step, size = _blocks(head.slab_bytes // (4 * max(head.weight.shape[1], live.numel()))), max(1, live.numel())
-    some_dead = live.numel() < index.numel()
-    parts = [_part(kernels, problem, index[piece], scores.at(piece), upstream.at(piece)) for piece in split(live, size)]
-    as_stored = chunk is not None and not some_dead and upstream.entropy is None
-    for part in parts if out.hidden is not None else ():
-        w_y = head.weight[problem.targets[part.index]].to(problem.hidden.dtype)
-        at_label = w_y * part.label[:, None]
-        out.hidden.index_add_(0, problem.row(part.index), at_label.to(out.hidden.dtype))  # type: ignore[union-attr]
-        if chunk is not None and as_stored:
-            _add_d_hidden(kernels, problem, part, chunk, head.weight, out)
-    for first in range(0, vocab_size if parts else 0, step):
-        slab = slice(first, min(first + step, vocab_size))
-        d_weight = None if out.weight is None else out.weight[slab]
-        if d_weight is not None and d_weight.dtype != accumulator(problem.hidden.dtype):
-            d_weight = torch.zeros_like(d_weight, dtype=accumulator(problem.hidden.dtype))
+    live = upstream.live()
+    if not live.numel():
+        return
+    if chunk is not None and _tells_d(chunk, upstream, problem.head):
+        part = _part(kernels, problem, index[live], scores.at(live), upstream.at(live))
+        _add_from_chunk(kernels, problem, part, chunk, live if live.numel() < index.numel() else None, out)
+        return
+    vocab_size, hidden_size = problem.head.weight.shape
+    step, size = tile_formed_again(
+        hidden_size, vocab_size, problem.hidden.dtype, problem.head.workspace, d_weight=out.weight is not None
+    )
+    parts = [_part(kernels, problem, index[i], scores.at(i), upstream.at(i)) for i in live.split(size)]
+    _add_formed_again(kernels, problem, parts, step, out)
+
+
+def _add_from_chunk(
+    kernels: Kernels, problem: Problem, part: _Part, chunk: Tensor, live: Tensor | None, out: Gradients
+) -> None:
+    """`live`: where in the chunk the rows of the part are, if not all of its rows are live."""
+    head, operands = problem.head, _operands(problem, part)
+    (vocab_size, hidden_size), n = head.weight.shape, part.index.numel()
+    _add_label_to_hidden(problem, part, out)
+    as_stored = live is None and part.coefs is None
+    if as_stored:
+        _add_d_hidden(kernels, problem, part, chunk, head.weight, out)
+    # a slab has a temporary the size of its dW, and unless F is as stored, of itself
+    beside = hidden_size if as_stored else max(hidden_size, n)
+    in_place = as_stored and (out.weight is None or out.weight.dtype == operands.x.dtype)
+    step = vocab_size if in_place else _blocks(head.slab_bytes // (4 * beside))
+    for slab, d_weight in _slabs(out.weight, vocab_size, step, operands.x.dtype):
+        f = chunk.narrow(1 - kernels.TOKEN_DIM, slab.start, slab.stop - slab.start)
+        if live is not None:
+            f = _packed(kernels, f.index_select(kernels.TOKEN_DIM, live), head.weight[slab], f.dtype)
+        if part.coefs is not None:
+            f = _with_entropy(kernels, f, part.coefs, head.weight[slab])
+        if not as_stored:
+            _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
+        _add_slab(kernels, part, operands, f, slab, d_weight, out.bias)
+
+
+def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[_Part], step: int, out: Gradients) -> None:
+    head = problem.head
+    for part in parts:
+        _add_label_to_hidden(problem, part, out)
+    only = _operands(problem, parts[0]) if len(parts) == 1 else None
+    for slab, d_weight in _slabs(out.weight, head.weight.shape[0], step, parts[0].factor.dtype):
         for part in parts:
-            rows = problem.gather(part.index)
-            if chunk is None:
-                f = _form_again(kernels, head.rows(slab.start, slab.stop), first, rows, part)
-            else:
-                f = chunk.narrow(1 - kernels.TOKEN_DIM, first, slab.stop - first)
-                if some_dead:
-                    f = _packed(kernels, f.index_select(kernels.TOKEN_DIM, live), head.weight[slab], f.dtype)
-                if part.coefs is not None:
-                    f = _with_entropy(kernels, f, part.coefs, head.weight[slab])
-            if not as_stored:
-                _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
-            _add_slab(kernels, part, rows, f, first, d_weight, None if out.bias is None else out.bias[slab])
+            operands = only or _operands(problem, part)
+            f = _form_again(kernels, head.rows(slab.start, slab.stop), slab.start, operands.rows, part)
+            _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
+            _add_slab(kernels, part, operands, f, slab, d_weight, out.bias)
             del f  # before the next one is made
-        if out.weight is not None and d_weight is not None and d_weight.dtype != out.weight.dtype:
-            out.weight[slab] = d_weight
+
+
+def _slabs(
+    weight: Tensor | None, vocab_size: int, step: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Slabs of the vocabulary, each with what its dW is added to: rows of `weight`, or a sum that is written there."""
+    for first in range(0, vocab_size, step):
+        slab = slice(first, min(first + step, vocab_size))
+        if weight is None or weight.dtype == dtype:
+            yield slab, None if weight is None else weight[slab]
+        else:
+            total = torch.zeros_like(weight[slab], dtype=dtype)
+            yield slab, total
+            weight[slab] = total
 
 
 def _tells_d(chunk: Tensor, upstream: Upstream, head: Head) -> bool:
@@ -201,6 +235,18 @@ def _with_entropy(kernels: Kernels, f: Tensor, coefs: tuple[Tensor, Tensor], wei
     return _packed(kernels, weighed, weight, f.dtype)
 
 
+def _operands(problem: Problem, part: _Part) -> _Operands:
+    rows = problem.gather(part.index)
+    x = rows.x.to(part.factor.dtype)
+    return _Operands(rows, x, x * part.factor[:, None])
+
+
+def _add_label_to_hidden(problem: Problem, part: _Part, out: Gradients) -> None:
+    if out.hidden is not None:
+        w_y = problem.head.weight[problem.targets[part.index]].to(problem.hidden.dtype)
+        out.hidden.index_add_(0, problem.row(part.index), (w_y * part.label[:, None]).to(out.hidden.dtype))
+
+
 def _add_d_hidden(kernels: Kernels, problem: Problem, part: _Part, f: Tensor, weight: Tensor, out: Gradients) -> None:
     if out.hidden is not None:
         d_rows = kernels.d_hidden(f, part.index.numel(), weight).mul_(part.factor[:, None])
@@ -208,16 +254,21 @@ def _add_d_hidden(kernels: Kernels, problem: Problem, part: _Part, f: Tensor, we
 
 
 def _add_slab(
-    kernels: Kernels, part: _Part, rows: Rows, f: Tensor, first: int, d_weight: Tensor | None, d_bias: Tensor | None
+    kernels: Kernels,
+    part: _Part,
+    operands: _Operands,
+    f: Tensor,
+    slab: slice,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
 ) -> None:
-    """To dW and db of the rows of the vocabulary from `first` on."""
-    size = f.shape[1 - kernels.TOKEN_DIM]
-    inside = ((rows.targets >= first) & (rows.targets < first + size)).nonzero()[:, 0]
-    at, label = rows.targets[inside] - first, part.label[inside]
+    """To dW and db of the slab."""
+    targets = operands.rows.targets
+    inside = ((targets >= slab.start) & (targets < slab.stop)).nonzero()[:, 0]
+    at, label = targets[inside] - slab.start, part.label[inside]
     if d_weight is not None:
-        x = rows.x.to(part.factor.dtype)
-        kernels.add_d_weight(f, x * part.factor[:, None], d_weight)
-        d_weight.index_add_(0, at, x[inside] * label[:, None])
+        kernels.add_d_weight(f, operands.scaled, d_weight)
+        d_weight.index_add_(0, at, operands.x[inside] * label[:, None])
     if d_bias is not None:
-        kernels.add_d_bias(f, part.factor, d_bias)
-        d_bias.index_add_(0, at, label)
+        kernels.add_d_bias(f, part.factor, d_bias[slab])
+        d_bias[slab].index_add_(0, at, label)

@@ -57,7 +57,7 @@ class Terms:
 
     @property
     def couples(self) -> str:
-        return max((getattr(term.loss, "couples", "batch") for term in self.terms), key=COUPLINGS.index)
+        return COUPLINGS[max([COUPLINGS.index(getattr(term.loss, "couples", "batch")) for term in self.terms])]
 
     def __call__(self, fn: str, like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The sum, each loss shaped as `like`; what a loss returns that is not raises, in the name of `fn`."""
