@@ -48,22 +48,23 @@ class Upstream(NamedTuple):
 
 @dataclass
 class Gradients:
-    """Where gradients are added; None where nobody asks. A narrow `weight` is written once, not added to."""
+    """Where gradients are added, in the accumulator's dtype; None where nobody asks."""
 
-    hidden: Tensor | None  # (R, H) in the accumulator's dtype
-    weight: Tensor | None  # (V, H) in the accumulator's dtype, or in the weight's
-    bias: Tensor | None  # (V,) in the accumulator's dtype
+    hidden: Tensor | None  # (R, H)
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+    once: bool = False  # one `add_gradients` gives all: the weight's is in the weight's dtype, and zero before
 
     @staticmethod
     def zeros(problem: Problem, wanted: Sequence[bool], once: bool = False) -> "Gradients":
-        """For hidden, weight and bias; with `once` a single `add_gradients` writes them all."""
+        """For hidden, weight and bias."""
         head, dtype = problem.head, accumulator(problem.hidden.dtype)
         narrow = head.weight.dtype if once else dtype
 
         def like(which: int, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             return torch.zeros(x.shape, dtype=dtype, device=x.device) if wanted[which] and x is not None else None
 
-        return Gradients(like(0, problem.hidden, dtype), like(1, head.weight, narrow), like(2, head.bias, dtype))
+        return Gradients(like(0, problem.hidden, dtype), like(1, head.weight, narrow), like(2, head.bias, dtype), once)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _add_from_chunk(
     beside = hidden_size if as_stored else max(hidden_size, n)
     in_place = as_stored and (out.weight is None or out.weight.dtype == operands.x.dtype)
     step = vocab_size if in_place else _blocks(head.slab_bytes // (4 * beside))
-    for slab, d_weight in _slabs(out.weight, vocab_size, step, operands.x.dtype):
+    for slab, d_weight in _slabs(head, out, step, operands.x.dtype):
         f = chunk.narrow(1 - kernels.TOKEN_DIM, slab.start, slab.stop - slab.start)
         if live is not None:
             f = _packed(kernels, f.index_select(kernels.TOKEN_DIM, live), head.weight[slab], f.dtype)
@@ -136,7 +137,7 @@ def _add_from_chunk(
             f = _with_entropy(kernels, f, part.coefs, head.weight[slab])
         if not as_stored:
             _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
-        _add_slab(kernels, part, operands, f, slab, d_weight, out.bias)
+        _add_slab(kernels, part, operands, f, slab, d_weight, out.bias, accumulate=not out.once)
 
 
 def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[_Part], step: int, out: Gradients) -> None:
@@ -144,27 +145,29 @@ def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[_Part], st
     for part in parts:
         _add_label_to_hidden(problem, part, out)
     only = _operands(problem, parts[0]) if len(parts) == 1 else None
-    for slab, d_weight in _slabs(out.weight, head.weight.shape[0], step, parts[0].factor.dtype):
+    for slab, d_weight in _slabs(head, out, step, parts[0].factor.dtype):
         for part in parts:
             operands = only or _operands(problem, part)
             f = _form_again(kernels, head.rows(slab.start, slab.stop), slab.start, operands.rows, part)
             _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
-            _add_slab(kernels, part, operands, f, slab, d_weight, out.bias)
+            accumulate = not out.once or part is not parts[0]
+            _add_slab(kernels, part, operands, f, slab, d_weight, out.bias, accumulate=accumulate)
             del f  # before the next one is made
 
 
-def _slabs(
-    weight: Tensor | None, vocab_size: int, step: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor | None]]:
-    """Slabs of the vocabulary, each with what its dW is added to: rows of `weight`, or a sum that is written there."""
+def _slabs(head: Head, out: Gradients, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | None]]:
+    """Slabs of the vocabulary, each with what its dW is added to: rows of `out`, or a sum that is written there."""
+    (vocab_size, hidden_size), weight = head.weight.shape, out.weight
+    narrow = weight is not None and weight.dtype != dtype
+    total = head.weight.new_empty(min(step, vocab_size) if narrow else 0, hidden_size, dtype=dtype)
     for first in range(0, vocab_size, step):
         slab = slice(first, min(first + step, vocab_size))
-        if weight is None or weight.dtype == dtype:
+        if weight is None or not narrow:
             yield slab, None if weight is None else weight[slab]
         else:
-            total = torch.zeros_like(weight[slab], dtype=dtype)
-            yield slab, total
-            weight[slab] = total
+            here = total[: slab.stop - first]
+            yield slab, here
+            weight[slab] = here
 
 
 def _tells_d(chunk: Tensor, upstream: Upstream, head: Head) -> bool:
@@ -261,13 +264,15 @@ def _add_slab(
     slab: slice,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
+    *,
+    accumulate: bool,
 ) -> None:
-    """To dW and db of the slab."""
+    """To dW and db of the slab; not `accumulate`: dW is not initialised."""
     targets = operands.rows.targets
     inside = ((targets >= slab.start) & (targets < slab.stop)).nonzero()[:, 0]
     at, label = targets[inside] - slab.start, part.label[inside]
     if d_weight is not None:
-        kernels.add_d_weight(f, operands.scaled, d_weight)
+        kernels.d_weight(f, operands.scaled, d_weight, accumulate)
         d_weight.index_add_(0, at, operands.x[inside] * label[:, None])
     if d_bias is not None:
         kernels.add_d_bias(f, part.factor, d_bias[slab])

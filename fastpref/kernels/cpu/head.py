@@ -106,8 +106,8 @@ def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
     return out
 
 
-def add_d_weight(chunk: Tensor, scaled: Tensor, out: Tensor) -> None:
-    """out (V, H) fp32 += F^T scaled, with scaled (n, H) fp32 rounded to the operands of the product."""
+def d_weight(chunk: Tensor, scaled: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out (V, H) fp32 = F^T scaled, or += if accumulate; scaled (n, H) fp32 is rounded to the product's operands."""
     n, hidden_size = scaled.shape
     scaled = scaled.contiguous()
     _cpu.head_d_weight(
@@ -119,7 +119,7 @@ def add_d_weight(chunk: Tensor, scaled: Tensor, out: Tensor) -> None:
         hidden_size,
         out.shape[0],
         chunk.stride(0),
-        True,
+        accumulate,
         0 if chunk.dtype == torch.float32 else 1,
         torch.get_num_threads(),
     )

@@ -118,13 +118,14 @@ def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
     return out
 
 
-def add_d_weight(chunk: Tensor, scaled: Tensor, out: Tensor) -> None:
-    """out (V, H) += F^T scaled."""
+def d_weight(chunk: Tensor, scaled: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out (V, H) = F^T scaled, or += if accumulate."""
     n = scaled.shape[0]
     operand = scaled.to(chunk.dtype) if chunk.is_cuda else scaled
     for slab in _slabs(max(scaled.shape), out.shape[0]):
         f = chunk[:n, slab].T
-        out[slab] += _product(f, operand) if chunk.is_cuda else f.to(out.dtype) @ operand
+        product = _product(f, operand) if chunk.is_cuda else f.to(out.dtype) @ operand
+        out[slab] = out[slab].add_(product) if accumulate else product
 
 
 def add_d_bias(chunk: Tensor, factor: Tensor, out: Tensor) -> None:
