@@ -16,6 +16,7 @@ from torch import Tensor
 from fastpref import kernels
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
+from fastpref.kernels.memory import huge_pages
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
 from fastpref.ops.linear_logps import rows_of_one_chunk
@@ -106,7 +107,9 @@ class _Sweep(torch.autograd.Function):
         with torch.autocast(problem.hidden.device.type, enabled=False):
             for index, first, last in runs:
                 fits = index.numel() <= form.capacity
-                chunk = run.new_chunk(index.numel(), problem.head.weight, problem.hidden.dtype) if fits else None
+                chunk = None
+                if fits:
+                    chunk = huge_pages(run.new_chunk(index.numel(), problem.head.weight, problem.hidden.dtype))
                 pieces = index.split(form.capacity)
                 scored = [driver.score(run, problem.head, problem.gather(piece), chunk) for piece in pieces]
                 scores = driver.Scores(*(torch.cat(some) for some in zip(*scored, strict=True)))
@@ -210,7 +213,7 @@ def _combine(formed: Tensor | None, factor: Tensor | None, extra: Tensor | None,
     """formed * factor + extra, rounded once, a slab at a time: no second copy in fp32."""
     if formed is None or (factor is None and extra is None):
         return None
-    out = torch.empty(formed.shape, dtype=dtype, device=formed.device)
+    out = huge_pages(torch.empty(formed.shape, dtype=dtype, device=formed.device))
     for first in range(0, formed.shape[0], 4096):
         slab = slice(first, first + 4096)
         if factor is None:

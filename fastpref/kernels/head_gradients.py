@@ -27,6 +27,7 @@ from fastpref.kernels.head import (
     chunk_tokens,
     label_logits,
 )
+from fastpref.kernels.memory import huge_pages
 
 SLAB_BLOCK = 480  # rows of the C++ kernels' blocks of the vocabulary
 
@@ -62,7 +63,11 @@ class Gradients:
         narrow = head.weight.dtype if once else dtype
 
         def like(which: int, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            return torch.zeros(x.shape, dtype=dtype, device=x.device) if wanted[which] and x is not None else None
+            return (
+                huge_pages(torch.zeros(x.shape, dtype=dtype, device=x.device))
+                if wanted[which] and x is not None
+                else None
+            )
 
         return Gradients(like(0, problem.hidden, dtype), like(1, head.weight, narrow), like(2, head.bias, dtype), once)
 

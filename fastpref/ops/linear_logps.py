@@ -9,6 +9,7 @@ from torch import Tensor
 from fastpref import kernels
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
+from fastpref.kernels.memory import huge_pages
 from fastpref.kernels.reference.linear_logps import linear_logps as reference
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
@@ -172,14 +173,16 @@ def _op(
     top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
     state = hidden.new_zeros((3, targets.numel()), dtype=dtype)
     unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
-    kept = run.new_chunk(keep_rows, weight, hidden.dtype) if keep_rows else hidden.new_empty(0)
+    kept = huge_pages(run.new_chunk(keep_rows, weight, hidden.dtype)) if keep_rows else hidden.new_empty(0)
     vocab_size, hidden_size = weight.shape
     size = driver.score_tokens(hidden_size, vocab_size, workspace)
     if unit_d_hidden or keep_rows:
         size = driver.chunk_tokens(hidden_size, vocab_size, hidden.dtype, workspace)
     for part in driver.split(index, size):
         rows_here = problem.gather(part)
-        chunk = run.new_chunk(part.numel(), weight, hidden.dtype) if unit_d_hidden else kept if keep_rows else None
+        chunk = kept if keep_rows else None
+        if unit_d_hidden:
+            chunk = huge_pages(run.new_chunk(part.numel(), weight, hidden.dtype))
         scores = driver.score(run, head, rows_here, chunk)
         state[:, part] = torch.stack((scores.anchor, scores.label_d, scores.rest))
         for full, name in zip((*out, top1), ("logps", *_head.OUTPUTS), strict=True):
