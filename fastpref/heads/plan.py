@@ -4,10 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fastpref.kernels.head import accumulator, chunk_dtype, chunk_tokens, default_workspace
+from fastpref.kernels.head import MIB, accumulator, chunk_dtype, chunk_tokens, default_workspace
 from fastpref.kernels.head_gradients import tile_formed_again
 from fastpref.losses._protocol import COUPLINGS
 from fastpref.ops._head import check_max_extra_bytes, check_workspace
+
+# rows of a chunk from which reading the head and its gradient's sum for each chunk costs less than a fourth pass, and
+# bytes of that sum below which a processor's cache holds it
+MIN_ROWS, IN_CACHE = 192, 32 * MIB
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,14 @@ def plan(
         passes, why = 2, "frozen head: dlogp/dhidden is formed in forward, its rows scaled in backward"
     elif n_tokens <= fits:
         passes, why = 3, "all tokens fit one chunk: it is kept, and backward forms the gradients from it"
-    elif couples != "batch" and (max_extra_bytes is None or d_weight <= max_extra_bytes):
+    elif couples != "batch" and (reason := why_no_copy(fits, d_weight, max_extra_bytes)) is None:
         passes, kept = 3, d_hidden + d_weight
         why = f"couples = {couples}: gradients are formed in forward from each chunk of whole pairs"
         why += f", if each pair has at most {fits} tokens"
     else:
         columns, rows = tile_formed_again(hidden_size, vocab_size, dtype, workspace, d_weight=True)
         passes, stored, kept = 4, min(rows, n_tokens), d_hidden + wide * columns * hidden_size
-        because = (
-            "couples = batch" if couples == "batch" else f"max_extra_bytes = {max_extra_bytes} is below {d_weight}"
-        )
+        because = "couples = batch" if couples == "batch" else reason
         why = f"{because}, and {n_tokens} tokens do not fit one chunk of {fits}: logits are formed again, "
         why += f"{columns} columns at a time"
     return Plan(
@@ -99,3 +101,12 @@ def plan(
         accumulator_bytes=kept,
         why=why,
     )
+
+
+def why_no_copy(rows_of_chunk: int, copy_bytes: int, max_extra_bytes: int | None) -> str | None:
+    """Why a loss over several chunks keeps no fp32 copy of the weight's gradient; None: it does, and saves a pass."""
+    if max_extra_bytes is not None and copy_bytes > max_extra_bytes:
+        return f"max_extra_bytes is below {copy_bytes}"
+    if rows_of_chunk < MIN_ROWS and copy_bytes > IN_CACHE:
+        return f"a chunk of {rows_of_chunk} tokens is too small to add {copy_bytes} bytes of gradient for each"
+    return None

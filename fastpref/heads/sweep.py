@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref import kernels
+from fastpref.heads.plan import why_no_copy
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
 from fastpref.kernels.memory import huge_pages
@@ -29,16 +30,17 @@ GroupLoss = Callable[[Tensor, dict[str, Tensor], int, int], Tensor]
 def in_parts(flat: _head.FlatHead, couples: str, max_extra_bytes: int | None) -> bool:
     """Whether `sweep` is what a loss wants. Where it is not, the loss stands on linear_logps.
 
-    So it does with a frozen head, in one chunk, where all rows are coupled, where `max_extra_bytes` has no room for an
-    fp32 copy of the weight's gradient, and under torch.compile.
+    So it does with a frozen head, in one chunk, where all rows are coupled, where an fp32 copy of the weight's gradient
+    has no room or does not pay, and under torch.compile.
     """
     trained = any(x is not None and x.requires_grad for x in (flat.weight, flat.bias)) and torch.is_grad_enabled()
-    copy = flat.weight.numel() * flat.inv_temperature.itemsize
+    (vocab_size, hidden_size), copy = flat.weight.shape, flat.weight.numel() * flat.inv_temperature.itemsize
+    rows = driver.chunk_tokens(hidden_size, vocab_size, flat.hidden.dtype, flat.workspace)
     return (
         trained
         and couples != "batch"
         and flat.backend != "reference"
-        and (max_extra_bytes is None or copy <= max_extra_bytes)
+        and why_no_copy(rows, copy, max_extra_bytes) is None
         and not torch.compiler.is_compiling()
         and not rows_of_one_chunk(flat)
     )
