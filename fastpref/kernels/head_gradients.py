@@ -5,7 +5,8 @@ that no second copy of the whole weight is ever needed, and exponentials formed 
 
     dL/du_v = factor F_v (+ label at v = y),   dX = dL/du W,   dW = (dL/du)^T X,   db = sum over rows of dL/du
 
-A row that gets no gradient from upstream costs nothing here. An entropy's gradient multiplies F_v by c0 + c1 d_v.
+Rows that get no gradient from upstream leave the products, or stay in them as zeros where that is cheaper. An entropy's
+gradient multiplies F_v by c0 + c1 d_v.
 """
 
 from collections.abc import Iterator, Sequence
@@ -109,8 +110,12 @@ def add_gradients(
     if not live.numel():
         return
     if chunk is not None and _tells_d(chunk, upstream, problem.head):
-        part = _part(kernels, problem, index[live], scores.at(live), upstream.at(live))
-        _add_from_chunk(kernels, problem, part, chunk, live if live.numel() < index.numel() else None, out)
+        if not _worth_leaving_out(problem, index, scores, live):
+            part = _part(kernels, problem, index, scores, upstream)
+            _add_from_chunk(kernels, problem, part, chunk, None, out)
+        else:
+            part = _part(kernels, problem, index[live], scores.at(live), upstream.at(live))
+            _add_from_chunk(kernels, problem, part, chunk, live, out)
         return
     vocab_size, hidden_size = problem.head.weight.shape
     step, size = tile_formed_again(
@@ -123,7 +128,7 @@ def add_gradients(
 def _add_from_chunk(
     kernels: Kernels, problem: Problem, part: _Part, chunk: Tensor, live: Tensor | None, out: Gradients
 ) -> None:
-    """`live`: where in the chunk the rows of the part are, if not all of its rows are live."""
+    """`live`: where in the chunk the rows of the part are; None: they are all of its rows."""
     head, operands = problem.head, _operands(problem, part)
     (vocab_size, hidden_size), n = head.weight.shape, part.index.numel()
     _add_label_to_hidden(problem, part, out)
@@ -173,6 +178,21 @@ def _slabs(head: Head, out: Gradients, step: int, dtype: torch.dtype) -> Iterato
             here = total[: slab.stop - first]
             yield slab, here
             weight[slab] = here
+
+
+def _worth_leaving_out(problem: Problem, index: Tensor, scores: Scores, live: Tensor) -> bool:
+    """Whether the dead rows of a stored chunk leave it. They add exactly 0, unless they are not finite.
+
+    Copying the live ones costs as much as a quarter of their products.
+    """
+    n = index.numel()
+    if live.numel() == n:
+        return False
+    if 2 * live.numel() <= n:
+        return True
+    dead = torch.ones(n, dtype=torch.bool, device=index.device).index_fill_(0, live, False).nonzero()[:, 0]
+    x = problem.hidden[problem.row(index[dead])]
+    return not bool(scores.total[dead].isfinite().all() and x.isfinite().all())
 
 
 def _tells_d(chunk: Tensor, upstream: Upstream, head: Head) -> bool:
