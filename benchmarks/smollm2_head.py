@@ -10,39 +10,36 @@ the two gradients it returns are part of it.
 
 import argparse
 import copy
-import json
-import multiprocessing
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from _inputs import relative_error
+from _measure import MIB, Table, resident, seconds
+from _peers import BETA, dpo_of_sums, naive_logps
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref import fused_lm_head, linear_logps, linear_preference_loss
 from fastpref.trainer.data import PairCollator, tokenize_pairs
 from fastpref.trainer.demo import demo_model, demo_pairs
 
-BETA = 0.1
-MIB = 2**20
+COLUMNS = (
+    ("dtype", "dtype", "s"),
+    ("tokens", "tokens", "d"),
+    ("head loss", "head_loss_error", ".1e"),
+    ("head grad.", "head_gradient_error", ".1e"),
+    ("all grad.", "gradient_error", ".1e"),
+    ("extra MiB", "extra_MiB", "d"),
+    ("median s", "median_s", ".3f"),
+)
 
 
 def eager_loss(hidden: Tensor, weight: Tensor, *, targets: Tensor, ref_logps: Tensor) -> Tensor:
-    """DPO as it is written by hand: all logits, log-softmax in fp32."""
-    logits = hidden @ weight.T
-    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    picked = logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    sums = torch.where(targets != -100, picked, 0.0).sum(-1)
-    chosen, rejected = (sums - ref_logps).chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+    return dpo_of_sums(naive_logps(hidden, weight, targets).sum(-1), ref_logps)
 
 
 def fused_loss(hidden: Tensor, weight: Tensor, *, targets: Tensor, ref_logps: Tensor) -> Tensor:
@@ -62,34 +59,14 @@ def parameter_gradients(model: Any, inputs: dict[str, Tensor], head: Callable[..
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def relative_error(got: list[Tensor], truth: list[Tensor]) -> float:
-    """Frobenius, over all tensors at once."""
-    difference = sum(float((a.double() - b).square().sum()) for a, b in zip(got, truth, strict=True))
-    return (difference / sum(float(b.square().sum()) for b in truth)) ** 0.5
-
-
-def extra_memory(arguments: tuple[Any, ...]) -> int:
-    """Bytes that head_gradients(*arguments) adds to the resident set at its highest, result included; Linux."""
-    # a process of its own: what an earlier step freed may stay resident, and the next one would look cheap
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_extra_memory, arguments).result()
-
-
-def _extra_memory(arguments: tuple[Any, ...]) -> int:
-
-    def status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-    hidden, weight, *rest = arguments
+def prepare(
+    hidden: Tensor, weight: Tensor, head: Callable[..., Tensor], bound: dict[str, Tensor]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(a tiny call, the call) of which the second is measured."""
     hidden, weight = hidden.clone(), weight.clone()  # they come in shared memory, resident only once it is read
     few = {"targets": torch.zeros(2, 2, dtype=torch.long), "ref_logps": torch.zeros(2)}
-    head_gradients(hidden[:2, :2], weight[:64], rest[0], few)  # what the first call of all loads is not the head's
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to now
-    before = status("VmRSS")
-    head_gradients(hidden, weight, *rest)
-    return status("VmHWM") - before
+    tiny = partial(head_gradients, hidden[:2, :2], weight[:64], head, few)
+    return tiny, partial(head_gradients, hidden, weight, head, bound)
 
 
 def measure(dtype: torch.dtype, n_pairs: int, rounds: int = 5) -> list[dict[str, Any]]:
@@ -127,15 +104,13 @@ def measure(dtype: torch.dtype, n_pairs: int, rounds: int = 5) -> list[dict[str,
                 "head_loss_error": abs(loss - true_loss),
                 "head_gradient_error": relative_error(gradients, true_head),
                 "gradient_error": relative_error(parameter_gradients(model, batch, partial(head, **bound)), truth),
-                "extra_MiB": round(extra_memory((hidden, weight, head, bound)) / MIB),
+                "extra_MiB": round(resident(prepare, hidden, weight, head, bound) / MIB),
             }
         )
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds(step))
     for row in rows:
         spent = times[row["contender"]]
         row |= {
@@ -146,39 +121,17 @@ def measure(dtype: torch.dtype, n_pairs: int, rounds: int = 5) -> list[dict[str,
     return rows
 
 
-def provenance() -> dict[str, Any]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    from fastpref.kernels.cpu.head import isa
-
-    return {
-        "device": f"{cpu[0]}, {isa()}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    about = provenance()
-    print(about)
-    names = ("dtype", "tokens", "head loss", "head grad.", "all grad.", "extra MiB", "median s")
-    print(" " * 10 + "".join(f"{name:>11}" for name in names))
+    table = Table("smollm2_head", COLUMNS, ("torch", "transformers"), arguments.json)
+    table.heading("SmolLM2-135M")
     for dtype in arguments.dtype:
         for row in measure(getattr(torch, dtype), arguments.pairs):
-            errors = (row["head_loss_error"], row["head_gradient_error"], row["gradient_error"])
-            print(f"{row['contender']:10}{row['dtype']:>11}{row['tokens']:>11}", end="")
-            print("".join(f"{error:>11.1e}" for error in errors), f"{row['extra_MiB']:>10}{row['median_s']:>11.3f}")
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps({"benchmark": "smollm2_head", **row, **about}) + "\n")
+            table.add(row)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""How the benchmarks measure: times interleaved with a yardstick, memory, provenance, and the table."""
+
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastpref import kernels
+
+# the profiler's own messages, two lines a call, would stand between the rows
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+MIB = 2**20
+Row = dict[str, Any]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def against(bare: Callable[[], object], call: Callable[[], object], rounds: int) -> Row:
+    """Median seconds of a call and of the bare one, run in turn, and the median and range of their ratios."""
+    for warm_up in (bare, call):
+        warm_up()
+    gc.collect()
+    pairs = [(seconds(bare), seconds(call)) for _ in range(rounds)]
+    ratios = [spent / least for least, spent in pairs]
+    return {
+        "seconds": statistics.median(spent for _, spent in pairs),
+        "bare_s": statistics.median(least for least, _ in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "rounds": rounds,
+    }
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Bytes of torch's allocations alive at once, at the most, beyond those alive before the call.
+
+    What a library takes without asking torch is not in it.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        call()
+    alive = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def resident(prepare: Callable[..., tuple[Callable[[], object], Callable[[], object]]], *arguments: Any) -> int:
+    """Bytes that a call adds to the resident set at its highest, its result included; Linux.
+
+    prepare(*arguments), a module's function, gives (a tiny call, the call). It runs in a process of its own: what an
+    earlier step freed may stay resident, and the next one would look cheap.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_resident, prepare, arguments).result()
+
+
+def _resident(
+    prepare: Callable[..., tuple[Callable[[], object], Callable[[], object]]], arguments: tuple[Any, ...]
+) -> int:
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+    tiny, call = prepare(*arguments)
+    tiny()  # what the first call of all loads is not the head's
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would be room for the call that nobody counts
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to now
+    before = status("VmRSS")
+    kept = call()  # noqa: F841  alive until the mark is read
+    return status("VmHWM") - before
+
+
+def provenance(packages: Sequence[str] = ("torch",)) -> Row:
+    """Device, threads, versions and commit; None for a package that is not installed."""
+    here = Path(__file__).parent
+    describe = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    listed = Path("/proc/cpuinfo")
+    cpu = listed.read_text() if listed.exists() else ""
+    model = next((line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line), platform.machine())
+    has = [name.upper() for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f" {name}" in cpu]
+    kernel = kernels.why_not("cpu")
+    if kernel is None:
+        from fastpref.kernels.cpu.head import isa
+
+        kernel = isa()
+    return {
+        "device": f"{model}, {has[0] if has else 'no vector units known'}{'' if 'AMX_BF16' in has else ', no AMX'}",
+        "kernel": kernel,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "commit": commit,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+class Table:
+    """Prints rows as they come, and appends each as a line of JSON with where it was measured.
+
+    columns: (heading, key, format); a row without the key shows "-". A row with a "reason" shows that instead.
+    Of the keys in a row's "best", the value is marked *.
+    """
+
+    def __init__(
+        self, benchmark: str, columns: Sequence[tuple[str, str, str]], packages: Sequence[str], file: Path | None
+    ) -> None:
+        self.about = {"benchmark": benchmark, **provenance(packages)}
+        self.columns, self.file = columns, file
+        print(", ".join(f"{name} {value or 'not installed'}" for name, value in self.about.items()))
+
+    def heading(self, title: str) -> None:
+        print(f"\n{title}\n{'':18}" + "".join(f"{name:>12}" for name, _, _ in self.columns))
+
+    def add(self, row: Row) -> None:
+        cells = "".join(self._cell(row, *rest) for _, *rest in self.columns)
+        print(f"{row['contender']:18}{'  ' + row['reason'] if 'reason' in row else cells}", flush=True)
+        if self.file:
+            with self.file.open("a") as file:
+                file.write(json.dumps({**row, **self.about}) + "\n")
+
+    @staticmethod
+    def _cell(row: Row, key: str, form: str) -> str:
+        value = row.get(key)
+        mark = "*" if key in row.get("best", ()) else ""
+        return f"{'-' if value is None else format(value, form) + mark:>12}"
+
+
+def or_reason(peer: str, measure: Callable[[], Row]) -> Row:
+    """The row of `measure`, or one that says why there is none; a failure of fastpref itself is not caught."""
+    try:
+        return measure()
+    except ImportError as error:
+        return {"reason": f"not measured: {error}"}
+    except Exception as error:
+        if peer.startswith("fastpref"):
+            raise
+        return {"reason": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80]}"}
+
+
+def bare_products(
+    n: int, hidden: int, vocab: int, trained_head: bool, reference: bool, dtype: torch.dtype
+) -> Callable[[], None]:
+    """The products that a step on n tokens cannot avoid, into outputs that are there already.
+
+    Logits of the policy, d_hidden, d_weight if the head is trained, logits of the reference: 2 n H V FLOPs each.
+    """
+    x, w = torch.randn(n, hidden).to(dtype), torch.randn(vocab, hidden).to(dtype)
+    z, d_x, d_w = torch.empty(n, vocab, dtype=dtype), torch.empty_like(x), torch.empty_like(w)
+
+    def run() -> None:
+        torch.mm(x, w.T, out=z)
+        torch.mm(z, w, out=d_x)
+        if trained_head:
+            torch.mm(z.T, x, out=d_w)
+        if reference:
+            torch.mm(x, w.T, out=z)
+
+    return run
+
+
+def fastest_products(dtype: torch.dtype, make: Callable[[torch.dtype], Callable[[], None]]) -> tuple[Any, str]:
+    """(the products, the name of their dtype): for 16-bit inputs, of 16-bit and fp32 operands what is faster here."""
+    found = {}
+    for operands in dict.fromkeys((dtype, torch.float32)):
+        run = make(operands)
+        run()
+        found[operands] = (min(seconds(run) for _ in range(2)), run)
+    best = min(found, key=lambda operands: found[operands][0])
+    return found[best][1], str(best).removeprefix("torch.")

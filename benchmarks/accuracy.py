@@ -1,0 +1,126 @@
+"""How far log-probs and gradients of the head lie from float64 on the same rounded inputs.
+
+    python benchmarks/accuracy.py [--inputs real peaked] [--dtype bfloat16 float32] [--peers ...] [--json FILE]
+
+real: hidden states and head of SmolLM2-135M-Instruct (H 576, V 49,152) over film critics' quotes, both fetched on
+first use (see fastpref.trainer.demo). peaked: synthetic rows for a head of that size, one logit of each raised by up to
+90, a third of the labels anywhere, so up to 100 nats below the maximum. Per token: rms and largest error of the
+log-prob, nats; `sum 1024` the largest error of a sum over 1,024 tokens in a row. Gradients: of sum(g logp) with g
+random, Frobenius, relative. The best of a column is marked *.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from _inputs import Exact, Shape, exact, head_weight, peaked_rows, relative_error
+from _measure import Row, Table, or_reason
+from _peers import CONTENDERS, PACKAGES, load
+from torch import Tensor
+
+SUM = 1024
+COLUMNS = tuple(
+    (heading, key, ".1e")
+    for heading, key in (
+        ("rms", "rms"),
+        ("largest", "largest"),
+        ("sum 1024", "sum"),
+        ("d_hidden", "d_hidden_error"),
+        ("d_weight", "d_weight_error"),
+    )
+)
+SAME = ("liger-whole", "liger-logps")  # liger's log-probs again
+
+
+def real(n: int, _: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden (S, 1024, H), weight, targets (S, 1024)) in fp32: sequences of quotes, one after the other."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fastpref.trainer.demo import demo_model, demo_pairs
+
+    folder = demo_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids: list[int] = []
+    for row in demo_pairs()[0]:
+        if len(ids) > n:
+            break
+        ids += tokenizer(row["prompt"] + row["chosen"] + row["rejected"] + "\n")["input_ids"]
+    tokens = torch.tensor(ids[: n + 1])
+    inputs, targets = tokens[:-1].view(-1, SUM), tokens[1:].view(-1, SUM)
+    with torch.no_grad():
+        hidden = model.base_model(inputs).last_hidden_state
+    return hidden, model.get_output_embeddings().weight.detach(), targets
+
+
+def peaked(n: int, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = head_weight(shape, generator)
+    hidden, targets = peaked_rows(weight, n, generator, top=90.0)
+    return hidden.view(-1, min(SUM, n), shape.hidden), weight, targets.view(-1, min(SUM, n))
+
+
+INPUTS = {"real": real, "peaked": peaked}
+
+
+def weighted_sum(upstream: Tensor, logps: Tensor) -> Tensor:
+    return (logps * upstream).sum()
+
+
+def measure(name: str, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor, true: Exact) -> Row:
+    hidden, weight, targets = inputs
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    logps = load(name).logps(*leaves, targets)
+    d_hidden, d_weight = torch.autograd.grad(weighted_sum(upstream, logps.float()), leaves)
+    error = logps.detach().double() - true.logps
+    return {
+        "rms": float(error.square().mean().sqrt()),
+        "largest": float(error.abs().max()),
+        "sum": float(error.sum(-1).abs().max()),
+        "d_hidden_error": relative_error([d_hidden.flatten(0, 1)], [true.d_hidden]),
+        "d_weight_error": relative_error([d_weight], [true.d_weight]),
+    }
+
+
+def mark_best(rows: list[Row]) -> None:
+    for _, key, _ in COLUMNS:
+        found = [row for row in rows if key in row]
+        if found:
+            min(found, key=lambda row: row[key]).setdefault("best", []).append(key)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", nargs="+", choices=list(INPUTS), default=list(INPUTS))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    peers = [name for name in CONTENDERS if name not in SAME]
+    parser.add_argument("--peers", nargs="+", choices=peers, default=peers)
+    parser.add_argument("--tokens", type=int, default=2 * SUM)
+    parser.add_argument("--shape", type=Shape.parse, default=Shape(576, 49_152), help="of peaked")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args(arguments)
+    table = Table("accuracy", COLUMNS, PACKAGES, chosen.json)
+    for kind in chosen.inputs:
+        hidden, weight, targets = INPUTS[kind](chosen.tokens, chosen.shape)
+        upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+        for dtype in chosen.dtype:
+            inputs = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype)), targets
+            true = exact(*inputs, partial(weighted_sum, upstream))
+            table.heading(
+                f"{kind}, {dtype}; {targets.numel():,} tokens, H {weight.shape[1]}, V {weight.shape[0]:,}; entropy "
+                f"{true.entropy:.1f} nats, targets up to {true.gap:.0f} below the maximum"
+            )
+            about = {"inputs": kind, "dtype": dtype, "tokens": targets.numel()}
+            rows = [
+                {"contender": name, **about, **or_reason(name, partial(measure, name, inputs, upstream, true))}
+                for name in chosen.peers
+            ]
+            mark_best(rows)
+            for row in rows:
+                table.add(row)
+
+
+if __name__ == "__main__":
+    main()
