@@ -4,7 +4,8 @@ from fastpref.heads.plan import Plan, plan
 from fastpref.heads.preference import PreferenceOutput, linear_preference_loss
 from fastpref.integrations.transformers import fused_lm_head
 from fastpref.losses._protocol import couples
-from fastpref.losses.preference import Pairs, Tokens, dpo_loss
+from fastpref.losses.dpo import dpo_loss
+from fastpref.losses.pairs import Pairs, Tokens
 from fastpref.ops.gae import gae
 from fastpref.ops.linear_logps import LogPs, linear_logps
 from fastpref.ops.selective_logps import selective_logps

@@ -7,7 +7,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpref import couples, dpo_loss, gae, linear_logps, linear_preference_loss, selective_logps
+from fastpref import (
+    couples,
+    dpo_loss,
+    gae,
+    linear_logps,
+    linear_preference_loss,
+    selective_logps,
+)
+from fastpref.losses.preference import PREFERENCE_LOSSES
 from tests._oracle import BACKENDS, as_dict, head, run, upstream
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -198,6 +206,25 @@ def test_preference_loss(loss_type, trained, head_backend):
         trained=trained,
         tolerance=5e-6,  # compiled, the gradients need not come from the forward pass: the order of roundings differs
     )
+
+
+CHANGES = {"f_divergence_type": "forward_kl", "ld_alpha": 0.5, "use_weighting": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_type": list(PREFERENCE_LOSSES)}, {"loss_type": ["sigmoid", "sft"], **CHANGES}],
+    ids=["all", "changed"],
+)
+def test_every_loss_of_pairs(options):
+    args = sequences()
+    reference = args["hidden"] + 0.1 * upstream(4, 6, 5)
+
+    def function(**given):
+        return linear_preference_loss(**given, ref_hidden=reference, ref_weight=args["weight"], **options)
+
+    # sppo_hard and ipo square tens of nats
+    assert_compiles(function, args, of_loss, trained=("hidden",), tolerance=5e-5)
 
 
 def test_preference_loss_of_packed_sequences():

@@ -80,7 +80,7 @@ def test_lists_of_losses_in_dpo_loss():
     torch.testing.assert_close(losses, expected)
 
 
-TYPES = r"loss_type must be a function or one of sigmoid, hinge, ipo"
+TYPES = r"loss_type must be a function or one of sigmoid, robust, hinge, .*"
 FOUR = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 DPO_REFUSALS = {
     "no reference": (

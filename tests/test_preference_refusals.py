@@ -20,7 +20,7 @@ def flat(**changes):
 
 
 NONE = {"ref_logps": None}
-TYPES = r"loss_type must be a function or one of sigmoid, hinge, ipo"
+TYPES = r"loss_type must be a function or one of sigmoid, robust, hinge, .*"
 REFUSALS = {
     "no reference": (NONE, ValueError, r"this loss needs .*ref.*or reference_free=True"),
     "two references": ({"reference_free": True}, ValueError, "give one reference; got ref_logps and reference_free"),

@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.heads._divisor import divisor
+from fastpref.heads._sequences import mean, reference, sequences
 from fastpref.heads.sweep import in_parts, sweep
-from fastpref.losses._protocol import Loss, Terms, resolve
-from fastpref.losses.preference import PREFERENCE_LOSSES, Pairs, Tokens, check_beta, rewards
-from fastpref.ops import _check, _head
+from fastpref.losses._protocol import Loss
+from fastpref.losses.dpo import PairLoss, bind
+from fastpref.losses.pairs import Pairs, Tokens
+from fastpref.ops import _head
 from fastpref.ops.linear_logps import token_outputs
 
 FN = "linear_preference_loss"
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class PreferenceOutput(NamedTuple):
@@ -44,6 +46,10 @@ def linear_preference_loss(
     reference_free: bool = False,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float | None = None,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     bias: Tensor | None = None,
@@ -77,6 +83,14 @@ def linear_preference_loss(
         ref_hidden, ref_weight: the reference's hidden states and head; scored here in one pass, without gradient, with
             the same head options. Or
         reference_free: the reference counts as uniform. At most one of the four.
+        f_divergence_type: the pull to the reference: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence"
+            with f_alpha_divergence_coef in [0, 1], None: 0.5 (f-DPO, Wang et al. 2023, arXiv:2309.16240); for sigmoid,
+            robust, hinge, ipo, exo_pair, discopop and sigmoid_norm. Your own function finds it in `pairs.margins`.
+        ld_alpha: what a token counts beyond the length of the shorter of the two answers, in [0, 1]; None: 1 (LD-DPO,
+            Liu et al. 2024, arXiv:2409.06411). With losses of log-ratios, whose reference must be known per token.
+            Lengths, sft and the logps returned count every token.
+        use_weighting: each pair's loss times how likely its answers are under the policy, without gradient (WPO, Zhou
+            et al. 2024, arXiv:2406.11827, eq. 2); with any loss that does not couple the batch.
         reduction: "mean" over pairs, "sum", or "none": (B,).
         num_items: pairs over all ranks and micro-batches of the step: the loss is sum / num_items.
         bias, ignore_index, temperature, softcap, logit_scale, rows, workspace, deterministic, check_finite, backend:
@@ -92,12 +106,8 @@ def linear_preference_loss(
             twice.
         TypeError: dtypes, or an option that the loss does not own.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{FN}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"{FN}: num_items and reduction={reduction!r} were both given; choose one")
-    check_beta(FN, beta)
-    terms = resolve(FN, PREFERENCE_LOSSES, loss_type, loss_weights, options)
+    changes = (f_divergence_type, f_alpha_divergence_coef, ld_alpha, use_weighting)
+    loss_of_pairs = bind(FN, loss_type, loss_weights, beta, *changes, options)
     head_options: dict[str, Any] = {
         "bias": bias,
         "ignore_index": ignore_index,
@@ -113,24 +123,28 @@ def linear_preference_loss(
         "backend": backend,
     }
     flat = _head.flatten(FN, hidden, weight, targets, **head_options)
-    sequence, n_sequences = _sequences(hidden, targets, cu_seqlens)
+    sequence, n_sequences = sequences(FN, hidden, targets, cu_seqlens)
+    if n_sequences % 2:
+        raise ValueError(
+            f"{FN}: hidden must hold B chosen, then B rejected sequences; got an odd number, {n_sequences}"
+        )
     n_pairs = n_sequences // 2
-    reference = _reference(
-        flat, targets, n_sequences, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head_options
+    ref_sums, ref_tokens = reference(
+        FN, flat, targets, n_sequences, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head_options
     )
-    scale = _scale(reduction, num_items, n_pairs)
-    job = _Job(terms, beta, flat.targets != ignore_index, sequence, n_pairs, *reference)
+    by = divisor(FN, reduction, num_items, n_pairs)
+    job = _Job(loss_of_pairs, flat.targets != ignore_index, sequence, n_pairs, ref_sums, ref_tokens)
 
-    if n_pairs and reduction != "none" and in_parts(flat, terms.couples, max_extra_bytes):
+    if n_pairs and reduction != "none" and in_parts(flat, loss_of_pairs.terms.couples, max_extra_bytes):
         loss, found = sweep(FN, flat, sequence % n_pairs, n_pairs, job.loss_of)
-        loss = loss * scale
         pairs = job.pairs(found["logps"], found)
     else:
         found = token_outputs(FN, flat)
         pairs = job.pairs(found["logps"], found)
-        losses = terms(FN, pairs.chosen_logps, pairs, beta=beta)
-        loss = losses if reduction == "none" else losses.sum() * scale
-    chosen_rewards, rejected_rewards = rewards(pairs, beta)
+        losses = loss_of_pairs(pairs)
+        loss = losses if reduction == "none" else losses.sum()
+    loss = loss / by
+    chosen_rewards, rejected_rewards = loss_of_pairs.rewards(pairs)
     return PreferenceOutput(
         loss,
         pairs.chosen_logps,
@@ -141,90 +155,11 @@ def linear_preference_loss(
     )
 
 
-def _sequences(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """(M,) the sequence of each target, and how many sequences there are."""
-    if hidden.dim() == 3:
-        n = hidden.shape[0]
-        sequence = torch.arange(n, device=targets.device)[:, None].expand(targets.shape).reshape(-1)
-    elif cu_seqlens is None:
-        raise ValueError(f"{FN}: packed hidden (N, H) needs cu_seqlens, (2B + 1,) int32")
-    else:
-        n = cu_seqlens.shape[0] - 1
-        bounds, total = cu_seqlens.long(), targets.shape[0]
-        sequence = torch.searchsorted(bounds[1:], torch.arange(total, device=targets.device), right=True)
-    if n % 2:
-        raise ValueError(f"{FN}: hidden must hold B chosen, then B rejected sequences; got an odd number, {n}")
-    return sequence, n
-
-
-def _reference(
-    flat: _head.FlatHead,
-    targets: Tensor,
-    n_sequences: int,
-    ref_logps: Tensor | None,
-    ref_token_logps: Tensor | None,
-    reference_free: bool,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    head_options: dict[str, Any],
-) -> tuple[Tensor | None, Tensor | None]:
-    """(sums (2B,), per token (M,)) under the reference; None where not known."""
-    if (ref_hidden is None) != (ref_weight is None):
-        raise ValueError(f"{FN}: ref_hidden and ref_weight go together; got only one")
-    given = {
-        "ref_logps": ref_logps is not None,
-        "ref_token_logps": ref_token_logps is not None,
-        "ref_hidden": ref_hidden is not None,
-        "reference_free=True": reference_free,
-    }
-    if sum(given.values()) > 1:
-        raise ValueError(
-            f"{FN}: give one reference; got {' and '.join(name for name, there in given.items() if there)}"
-        )
-    _check.tensors(
-        FN, ref_logps=ref_logps, ref_token_logps=ref_token_logps, ref_hidden=ref_hidden, ref_weight=ref_weight
-    )
-    _check.same_device(FN, hidden=flat.hidden, ref_logps=ref_logps, ref_token_logps=ref_token_logps)
-    _check.floating(FN, (*_check.FLOATS, torch.float64), ref_logps=ref_logps, ref_token_logps=ref_token_logps)
-    dtype = flat.inv_temperature.dtype
-    if reference_free:
-        return flat.hidden.new_zeros(n_sequences, dtype=dtype), None
-    if ref_logps is not None:
-        if ref_logps.shape != (n_sequences,):
-            raise ValueError(
-                f"{FN}: ref_logps must be ({n_sequences},), one sum a sequence; got {tuple(ref_logps.shape)}"
-            )
-        return ref_logps.detach().to(dtype), None
-    if ref_token_logps is not None:
-        _check.same_shape(FN, targets=targets, ref_token_logps=ref_token_logps)
-        return None, ref_token_logps.detach().reshape(-1).to(dtype)
-    if ref_hidden is not None and ref_weight is not None:
-        with torch.no_grad():
-            ref = _head.flatten(FN, ref_hidden, ref_weight, targets, **head_options)
-            return None, token_outputs(FN, ref)["logps"]
-    return None, None
-
-
-def _scale(reduction: str, num_items: float | Tensor | None, n_pairs: int) -> float | Tensor:
-    """What the sum of the losses is multiplied by."""
-    if num_items is None:
-        return 1 / max(n_pairs, 1) if reduction == "mean" else 1.0
-    if isinstance(num_items, Tensor):
-        if num_items.dim() or num_items.requires_grad:
-            raise ValueError(f"{FN}: num_items must be a number or a 0-d tensor; got shape {tuple(num_items.shape)}")
-        return 1 / num_items
-    _check.number(FN, num_items=num_items)
-    if not 0 < num_items < float("inf"):
-        raise ValueError(f"{FN}: num_items must be > 0 and finite; got {num_items}")
-    return 1 / num_items
-
-
 @dataclass(frozen=True)
 class _Job:
     """From log-probs of tokens to pairs, for the whole batch or for some of its pairs."""
 
-    terms: Terms
-    beta: float
+    loss: PairLoss
     live: Tensor  # (M,) bool
     sequence: Tensor  # (M,)
     n_pairs: int
@@ -233,7 +168,7 @@ class _Job:
 
     def pairs(self, logps: Tensor, outputs: dict[str, Tensor]) -> Pairs:
         """All pairs; `logps` and `outputs` (M,)."""
-        return self._pairs(logps, outputs, self.live, self.sequence, self.n_pairs, self.ref_sums, self.ref_tokens)
+        return _pairs(logps, outputs, self.live, self.sequence, self.n_pairs, self.ref_sums, self.ref_tokens)
 
     def loss_of(self, index: Tensor, outputs: dict[str, Tensor], first: int, last: int) -> Tensor:
         """The sum of the losses of pairs first to last - 1, whose targets are at `index`; `outputs` (n,) each."""
@@ -243,59 +178,45 @@ class _Job:
         ref_sums = None if self.ref_sums is None else self.ref_sums[torch.cat((here, here + self.n_pairs))]
         ref_tokens = None if self.ref_tokens is None else self.ref_tokens[index]
         live, sequence = torch.ones_like(index, dtype=torch.bool), pair - first + n * is_rejected
-        pairs = self._pairs(outputs["logps"], outputs, live, sequence, n, ref_sums, ref_tokens)
-        return self.terms(FN, pairs.chosen_logps, pairs, beta=self.beta).sum()
+        return self.loss(_pairs(outputs["logps"], outputs, live, sequence, n, ref_sums, ref_tokens)).sum()
 
-    def _pairs(
-        self,
-        logps: Tensor,
-        outputs: dict[str, Tensor],
-        live: Tensor,
-        sequence: Tensor,
-        n_pairs: int,
-        ref_sums: Tensor | None,
-        ref_tokens: Tensor | None,
-    ) -> Pairs:
-        def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-            return x[:n_pairs], x[n_pairs:]
 
-        def sums(x: Tensor) -> Tensor:
-            # a sum of 1,024 log-probs is off by 4e-3 nats if it is kept in fp32
-            total = torch.zeros(2 * n_pairs, dtype=torch.float64, device=x.device)
-            return total.index_add(0, sequence, x.double()).to(x.dtype)
+def _pairs(
+    logps: Tensor,
+    outputs: dict[str, Tensor],
+    live: Tensor,
+    sequence: Tensor,
+    n_pairs: int,
+    ref_sums: Tensor | None,
+    ref_tokens: Tensor | None,
+) -> Pairs:
+    def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:n_pairs], x[n_pairs:]
 
-        lengths = torch.zeros_like(sequence.new_empty(2 * n_pairs)).index_add(0, sequence, live.long())
-        if ref_tokens is not None:
-            ref_tokens = torch.where(live, ref_tokens, 0.0)
-            ref_sums = sums(ref_tokens)
-        tokens = Tokens(logps, ref_tokens, live, sequence, {name: outputs[name].detach() for name in _head.OUTPUTS})
-        ref_chosen, ref_rejected = (None, None) if ref_sums is None else halves(ref_sums)
-        return Pairs(*halves(sums(logps)), ref_chosen, ref_rejected, *halves(lengths), tokens, FN)
+    outputs = {name: outputs[name].detach() for name in _head.OUTPUTS}
+    tokens = Tokens(logps, None if ref_tokens is None else torch.where(live, ref_tokens, 0.0), live, sequence, outputs)
+    if tokens.ref_logps is not None:
+        ref_sums = tokens.sums(tokens.ref_logps, 2 * n_pairs)
+    ref_chosen, ref_rejected = (None, None) if ref_sums is None else halves(ref_sums)
+    sums, lengths = tokens.sums(logps, 2 * n_pairs), tokens.lengths(2 * n_pairs)
+    return Pairs(*halves(sums), ref_chosen, ref_rejected, *halves(lengths), tokens, FN)
 
 
 def _metrics(pairs: Pairs, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
     """TRL's, over this call; tokens weigh alike in logits/*, entropy and accuracy. 0 where nothing is averaged."""
     tokens = pairs.tokens
     assert tokens is not None
-    n_pairs = pairs.chosen_logps.shape[0]
-    rejected = tokens.sequence >= n_pairs
-
-    def mean(x: Tensor) -> Tensor:
-        return x.detach().sum() / max(x.numel(), 1)
-
-    def over_tokens(x: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, x.float(), 0.0).sum() / where.sum().clamp(min=1)
-
+    rejected = tokens.sequence >= pairs.chosen_logps.shape[0]
     chosen_live, rejected_live = tokens.mask & ~rejected, tokens.mask & rejected
     return {
         "rewards/chosen": mean(chosen_rewards),
         "rewards/rejected": mean(rejected_rewards),
-        "rewards/accuracies": mean((chosen_rewards > rejected_rewards).float()),
+        "rewards/accuracies": mean(chosen_rewards > rejected_rewards),
         "rewards/margins": mean(chosen_rewards - rejected_rewards),
         "logps/chosen": mean(pairs.chosen_logps),
         "logps/rejected": mean(pairs.rejected_logps),
-        "logits/chosen": over_tokens(tokens.outputs["mean_logits"], chosen_live),
-        "logits/rejected": over_tokens(tokens.outputs["mean_logits"], rejected_live),
-        "entropy": over_tokens(tokens.outputs["entropy"], tokens.mask),
-        "mean_token_accuracy": over_tokens(tokens.outputs["is_top1"], chosen_live),
+        "logits/chosen": mean(tokens.outputs["mean_logits"], chosen_live),
+        "logits/rejected": mean(tokens.outputs["mean_logits"], rejected_live),
+        "entropy": mean(tokens.outputs["entropy"], tokens.mask),
+        "mean_token_accuracy": mean(tokens.outputs["is_top1"], chosen_live),
     }

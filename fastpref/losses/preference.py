@@ -1,180 +1,281 @@
 """Losses of preference pairs: one pure function each, on sums of log-probabilities in nats; `dpo_loss` calls them.
 
-The contract of each: `pairs` and `beta` in, (B,) out, one loss a pair, not reduced (losses/_protocol.py).
+The contract of each: `pairs` and `beta` in, (B,) out, one loss a pair, not reduced (losses/_protocol.py). y_w is the
+chosen completion, y_l the rejected, |y| its tokens; r the log-ratio log pi(y) - log ref(y). Where f_divergence_type
+may put another score in its place, s stands for r.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpref.losses._protocol import Loss, couples, resolve
+from fastpref.losses import _stable
+from fastpref.losses._protocol import Loss, couples
+from fastpref.losses.pairs import Pairs, per_token
 from fastpref.ops import _check
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The completion tokens of 2B sequences, chosen first: (N,) each, prompt and padding left out or masked."""
-
-    logps: Tensor
-    ref_logps: Tensor | None
-    mask: Tensor  # bool: the token counts
-    sequence: Tensor  # in [0, 2B): pair i is sequences i and i + B
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # entropy, log_sum_sq_probs, ...; detached
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """B pairs of sums over completion tokens, nats. None: not given."""
-
-    chosen_logps: Tensor  # (B,) under the policy
-    rejected_logps: Tensor
-    ref_chosen_logps: Tensor | None = None  # (B,) under the reference; zeros if the call is reference_free
-    ref_rejected_logps: Tensor | None = None
-    chosen_lengths: Tensor | None = None  # (B,) completion tokens
-    rejected_lengths: Tensor | None = None
-    tokens: Tokens | None = None  # None in dpo_loss
-    caller: str = "dpo_loss"
-
-    @property
-    def chosen_logratios(self) -> Tensor:
-        """(B,) log pi(y_w) - log ref(y_w). Raises where there is no reference."""
-        return self.chosen_logps - self.need("ref_chosen_logps")
-
-    @property
-    def rejected_logratios(self) -> Tensor:
-        return self.rejected_logps - self.need("ref_rejected_logps")
-
-    def need(self, name: str) -> Any:
-        """The field of this name; raises if it was not given."""
-        value = getattr(self, name)
-        if value is None:
-            way_out = ", or reference_free=True" if name.startswith("ref_") else ""
-            raise ValueError(f"{self.caller}: this loss needs {name} and has none: give it{way_out}")
-        return value
 
 
 @couples("pair")
 def sigmoid(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO: -log sigmoid(beta (r_w - r_l)), r the log-ratios. Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
+    """DPO: -log sigmoid(beta (s_w - s_l)). Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
 
     label_smoothing: the probability that a label is flipped, in [0, 0.5); above 0 this is conservative DPO
-    (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3).
+    (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3). TRL 1.16 takes it and ignores it here.
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"sigmoid: label_smoothing must be in [0, 0.5); got {label_smoothing}")
-    z = beta * (pairs.chosen_logratios - pairs.rejected_logratios)
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return _logistic("sigmoid", beta * pairs.margins, label_smoothing)
+
+
+@couples("pair")
+def robust(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """rDPO: (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e), z = beta (s_w - s_l), e = label_smoothing.
+
+    Unbiased if a share e of the labels is flipped, 0 <= e < 0.5. Chowdhury et al. 2024, arXiv:2403.00409.
+    """
+    _smoothing("robust", label_smoothing)
+    z = beta * pairs.margins
+    clean, flipped = F.logsigmoid(z), F.logsigmoid(-z)
+    return (label_smoothing * flipped - (1 - label_smoothing) * clean) / (1 - 2 * label_smoothing)
 
 
 @couples("pair")
 def hinge(pairs: Pairs, *, beta: float) -> Tensor:
-    """SLiC as a loss on log-ratios: max(0, 1 - beta (r_w - r_l)). Zhao et al. 2023, arXiv:2305.10425, eq. 2;
+    """SLiC as a loss on log-ratios: max(0, 1 - beta (s_w - s_l)). Zhao et al. 2023, arXiv:2305.10425, eq. 2;
     Liu et al. 2024, arXiv:2309.06657, table 1."""
-    return torch.relu(1 - beta * (pairs.chosen_logratios - pairs.rejected_logratios))
+    return torch.relu(1 - beta * pairs.margins)
 
 
 @couples("pair")
 def ipo(pairs: Pairs, *, beta: float) -> Tensor:
-    """IPO: (r_w / |y_w| - r_l / |y_l| - 1 / (2 beta))^2, beta the paper's tau.
+    """IPO: (s_w / |y_w| - s_l / |y_l| - 1 / (2 beta))^2, beta the paper's tau.
 
     Azar et al. 2023, arXiv:2310.12036, eq. 17. Departs from the equation as printed, and agrees with TRL: the
     log-ratios are means over tokens, as the paper's authors advised for language models.
     """
-    # a completion of no tokens has a log-ratio of 0: it must not become 0 / 0
-    chosen = pairs.chosen_logratios / pairs.need("chosen_lengths").clamp(min=1)
-    rejected = pairs.rejected_logratios / pairs.need("rejected_lengths").clamp(min=1)
-    return (chosen - rejected - 1 / (2 * beta)).square()
+    return (_mean_margins(pairs) - 1 / (2 * beta)).square()
 
 
-PREFERENCE_LOSSES: dict[str, Loss] = {f.__name__: f for f in (sigmoid, hinge, ipo)}
+@couples("pair")
+def exo_pair(pairs: Pairs, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
+    """EXO: KL(sigmoid(+-z) || labels), z = beta (s_w - s_l): the reverse of the direction that DPO minimises.
 
-
-def rewards(pairs: Pairs, beta: float) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected), (B,) each, detached: beta times the log-ratio, the reference 0 where there is none."""
-    chosen, rejected = pairs.chosen_logps, pairs.rejected_logps
-    if pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None:
-        chosen, rejected = chosen - pairs.ref_chosen_logps, rejected - pairs.ref_rejected_logps
-    return beta * chosen.detach(), beta * rejected.detach()
-
-
-def check_beta(fn: str, beta: float) -> None:
-    _check.number(fn, beta=beta)
-    if not 0 < beta < float("inf"):
-        raise ValueError(f"{fn}: beta must be > 0 and finite; got {beta}")
-
-
-def dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None,
-    ref_rejected_logps: Tensor | None,
-    *,
-    loss_type: str | Loss | Sequence[str | Loss] = "sigmoid",
-    loss_weights: Sequence[float] | None = None,
-    beta: float = 0.1,
-    reference_free: bool = False,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, chosen_rewards, rejected_rewards) of B pairs; sigmoid: -log sigmoid(beta (r_w - r_l)).
-
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; the other types cite their papers.
-    Args:
-        policy_chosen_logps, policy_rejected_logps: (B,) log-probability of each completion: a sum over tokens, nats.
-        ref_chosen_logps, ref_rejected_logps: (B,) the same under the reference. None with reference_free.
-        loss_type: a name in PREFERENCE_LOSSES, a function f(pairs, *, beta, ...) -> (B,), or a list of them.
-        loss_weights: one number for each of a list. None: 1 each.
-        beta: strength of the pull to the reference, > 0.
-        reference_free: the reference counts as uniform: its log-ratios are 0.
-        chosen_lengths, rejected_lengths: (B,) completion tokens, for the losses that divide by them (ipo).
-        options: the loss's own keywords, as `label_smoothing` of sigmoid.
-    Returns:
-        (B,) float32 each (float64 for float64). losses is differentiable, rewards are detached.
-    Raises:
-        ValueError: shapes, an unknown loss, beta, or a reference or lengths that the loss needs and has not.
-        TypeError: an option that the loss does not own.
+    sigmoid(z) (log sigmoid(z) - log(1 - e)) + sigmoid(-z) (log sigmoid(-z) - log e), e = label_smoothing, in
+    (0, 0.5). Ji et al. 2024, arXiv:2402.00856, eq. 16, and its e = 1e-3; TRL has no default.
     """
-    fn = "dpo_loss"
-    _check.tensors(
-        fn,
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
+    _smoothing("exo_pair", label_smoothing)
+    if label_smoothing == 0:
+        raise ValueError("exo_pair: label_smoothing must be > 0, or the loss is infinite; got 0")
+    z = beta * pairs.margins
+    right = _stable.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-label_smoothing))
+    return right + _stable.sigmoid(-z) * (F.logsigmoid(-z) - math.log(label_smoothing))
+
+
+@couples("pair")
+def nca_pair(pairs: Pairs, *, beta: float) -> Tensor:
+    """NCA of two completions: -log sigmoid(z_w) - (log sigmoid(-z_w) + log sigmoid(-z_l)) / 2, z = beta r.
+
+    Chen et al. 2024, arXiv:2402.05369.
+    """
+    chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+@couples("pair")
+def bco_pair(pairs: Pairs, *, beta: float, delta: float | Tensor = 0.0) -> Tensor:
+    """BCO: -log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)). Jung et al. 2024, arXiv:2404.04656.
+
+    delta: the paper's reward shift, a running mean of all rewards. A loss keeps no state: average the rewards that
+    come back and give the mean, a number or a 0-d tensor. 0, as in TRL 1.16, leaves it out.
+    """
+    if isinstance(delta, Tensor):
+        if delta.dim() or delta.requires_grad:
+            raise ValueError(f"bco_pair: delta must be a number or a detached 0-d tensor; got {tuple(delta.shape)}")
+    else:
+        _check.number("bco_pair", delta=delta)
+    chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+    return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
+
+
+@couples("pair")
+def sppo_hard(pairs: Pairs, *, beta: float) -> Tensor:
+    """SPPO with a win probability of 1 and 0: (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2, beta the paper's 1/eta.
+
+    Wu et al. 2024, arXiv:2405.00675, eq. 4.7.
+    """
+    half = 1 / (2 * beta)
+    return (pairs.chosen_logratios - half).square() + (pairs.rejected_logratios + half).square()
+
+
+@couples("batch")
+def aot(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """AOT: -log sigmoid(beta (m_(k) - n_(k))), m_(k) the k-th smallest policy margin log pi(y_w) - log pi(y_l) of the
+    call, n_(k) the reference's. Term k is of quantile k, not of pair k. Melnyk et al. 2024, arXiv:2406.05882."""
+    policy = pairs.chosen_logps - pairs.rejected_logps
+    reference = pairs.need("ref_chosen_logps") - pairs.need("ref_rejected_logps")
+    return _logistic("aot", beta * (policy.sort().values - reference.sort().values), label_smoothing)
+
+
+@couples("batch")
+def aot_unpaired(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """AOT of unpaired data: -log sigmoid(beta (r_w(k) - r_l(k))), each sorted over the call on its own.
+
+    Melnyk et al. 2024, arXiv:2406.05882.
+    """
+    chosen, rejected = pairs.chosen_logratios.sort().values, pairs.rejected_logratios.sort().values
+    return _logistic("aot_unpaired", beta * (chosen - rejected), label_smoothing)
+
+
+@couples("pair")
+def apo_zero(pairs: Pairs, *, beta: float) -> Tensor:
+    """APO-zero: sigmoid(-beta r_w) + sigmoid(beta r_l): raises the chosen, lowers the rejected.
+
+    D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, plus 1.
+    """
+    return _stable.sigmoid(-beta * pairs.chosen_logratios) + _stable.sigmoid(beta * pairs.rejected_logratios)
+
+
+@couples("pair")
+def apo_down(pairs: Pairs, *, beta: float) -> Tensor:
+    """APO-down: sigmoid(beta r_w) + sigmoid(-beta (r_w - r_l)): lowers both, the rejected more.
+
+    D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8, plus 1.
+    """
+    chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
+    return _stable.sigmoid(beta * chosen) + _stable.sigmoid(-beta * (chosen - rejected))
+
+
+@couples("pair")
+def discopop(pairs: Pairs, *, beta: float, discopop_tau: float = 0.05) -> Tensor:
+    """DiscoPOP: -(1 - m) log sigmoid(z) + m exp(-z), m = sigmoid(z / tau), z = beta (s_w - s_l).
+
+    Lu et al. 2024, arXiv:2406.08414, eq. 5. tau in (0, 1]: above 1 the loss would grow exponentially in -z.
+    """
+    _check.number("discopop", discopop_tau=discopop_tau)
+    if not 0 < discopop_tau <= 1:
+        raise ValueError(f"discopop: discopop_tau must be in (0, 1]; got {discopop_tau}")
+    z = beta * pairs.margins
+    # m exp(-z) as one exponential: apart, 0 times infinity at z << 0
+    return -_stable.sigmoid(-z / discopop_tau) * F.logsigmoid(z) + torch.exp(F.logsigmoid(z / discopop_tau) - z)
+
+
+@couples("pair")
+def sigmoid_norm(pairs: Pairs, *, beta: float) -> Tensor:
+    """Length-normalised DPO: -log sigmoid(beta (s_w / |y_w| - s_l / |y_l|)). Lambert et al. 2024 (Tulu 3),
+    arXiv:2411.15124, section 5.1; there beta is 5, not 0.1."""
+    return -F.logsigmoid(beta * _mean_margins(pairs))
+
+
+@couples("pair")
+def sft(pairs: Pairs, *, beta: float) -> Tensor:
+    """Preferred-FT: -log pi(y_w) / |y_w|; beta has no part. Rafailov et al. 2023, arXiv:2305.18290, section 6.
+
+    Departs from TRL where lengths differ: TRL averages tokens over the local batch, so that what a pair weighs
+    depends on the others that it is drawn with, and on gradient accumulation. Here each completion weighs alike.
+    """
+    return pairs.chosen_nll
+
+
+@couples("pair")
+def cpo(pairs: Pairs, *, beta: float, cpo_alpha: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
+    """CPO: -log sigmoid(beta (log pi(y_w) - log pi(y_l))) - cpo_alpha log pi(y_w) / |y_w|. No reference.
+
+    Xu et al. 2024, arXiv:2401.08417, eq. 3. The second term is `sft`: a mean over tokens, where the paper writes a sum
+    and both its authors' code and TRL average.
+    """
+    _not_negative("cpo", cpo_alpha=cpo_alpha)
+    loss = _logistic("cpo", beta * (pairs.chosen_logps - pairs.rejected_logps), label_smoothing)
+    return loss + cpo_alpha * pairs.chosen_nll if cpo_alpha else loss
+
+
+@couples("pair")
+def simpo(pairs: Pairs, *, beta: float, simpo_gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
+    """SimPO: -log sigmoid(beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma). No reference.
+
+    Meng et al. 2024, arXiv:2405.14734, eq. 6; there beta is 2 to 10, not 0.1, and gamma 0.3 to 1.6. TRL adds the loss
+    `sft` unless its cpo_alpha is 0: here that is loss_type=["simpo", "sft"].
+    """
+    _check.number("simpo", simpo_gamma=simpo_gamma)
+    chosen, rejected = mean_logps(pairs)
+    return _logistic("simpo", beta * (chosen - rejected) - simpo_gamma, label_smoothing)
+
+
+@couples("pair")
+def orpo(pairs: Pairs, *, beta: float) -> Tensor:
+    """ORPO: -log p_w - beta log sigmoid(log odds_w - log odds_l), log p = log pi(y) / |y|, odds = p / (1 - p).
+
+    Hong et al. 2024, arXiv:2403.07691, eqs. 3 to 7, beta its lambda. No reference. TRL's first term averages tokens
+    over the local batch, the prompt's too; here, as in eq. 3, over each completion.
+    """
+    chosen, rejected = mean_logps(pairs)
+    log_odds = (chosen - rejected) - (_stable.log1mexp(chosen) - _stable.log1mexp(rejected))
+    return pairs.chosen_nll - beta * F.logsigmoid(log_odds)
+
+
+@couples("pair")
+def dpop(pairs: Pairs, *, beta: float, dpop_lambda: float = 50.0) -> Tensor:
+    """DPO-positive: -log sigmoid(beta (r_w - r_l - lambda max(0, -r_w))): the chosen must not lose probability.
+
+    Pal et al. 2024 (Smaug), arXiv:2402.13228, eq. 3; its lambda is 50, its beta 0.3.
+    """
+    _not_negative("dpop", dpop_lambda=dpop_lambda)
+    chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
+    return -F.logsigmoid(beta * (chosen - rejected - dpop_lambda * torch.relu(-chosen)))
+
+
+@couples("pair")
+def unlikelihood(pairs: Pairs, *, beta: float, unlikelihood_alpha: float = 1.0) -> Tensor:
+    """-log pi(y_w) / |y_w| - (alpha / |y_l|) sum_t log(1 - p(y_l,t)), over the tokens of y_l. No reference, no beta.
+
+    Welleck et al. 2019, arXiv:1908.04319, eqs. 2 and 4, as the baseline of Rafailov et al. 2023, section 6, with its
+    alpha. Both terms are means over tokens. It needs log-probs per token.
+    """
+    _not_negative("unlikelihood", unlikelihood_alpha=unlikelihood_alpha)
+    tokens, n_pairs = pairs.need("tokens"), pairs.chosen_logps.shape[0]
+    rejected = tokens.mask & (tokens.sequence >= n_pairs)
+    absent = torch.where(rejected, -_stable.log1mexp(torch.where(rejected, tokens.logps, -1.0)), 0.0)
+    sums, lengths = tokens.sums(absent, 2 * n_pairs), pairs.need("rejected_lengths")
+    return pairs.chosen_nll + unlikelihood_alpha * per_token(sums[n_pairs:], lengths)
+
+
+PREFERENCE_LOSSES: dict[str, Loss] = {
+    f.__name__: f
+    for f in (
+        *(sigmoid, robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down),
+        *(discopop, sigmoid_norm, sft, cpo, simpo, orpo, dpop, unlikelihood),
     )
-    every = {
-        "policy_chosen_logps": policy_chosen_logps,
-        "policy_rejected_logps": policy_rejected_logps,
-        "ref_chosen_logps": ref_chosen_logps,
-        "ref_rejected_logps": ref_rejected_logps,
-    }
-    _check.floating(fn, (*_check.FLOATS, torch.float64), **every)
-    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    _check.rank(fn, (1,), policy_chosen_logps=policy_chosen_logps)
-    _check.same_shape(fn, **every, **lengths)
-    _check.same_dtype(fn, **every)
-    _check.same_device(fn, **every, **lengths)
-    check_beta(fn, beta)
-    if (ref_chosen_logps is None) != (ref_rejected_logps is None):
-        raise ValueError(f"{fn}: ref_chosen_logps and ref_rejected_logps go together; got only one")
-    if reference_free and ref_chosen_logps is not None:
-        raise ValueError(f"{fn}: reference_free=True and reference log-probs were both given; choose one")
-    terms = resolve(fn, PREFERENCE_LOSSES, loss_type, loss_weights, options)
+}
+OF_SCORES = (sigmoid, robust, hinge, ipo, exo_pair, discopop, sigmoid_norm)  # f_divergence_type changes them
+WITHOUT_REFERENCE = (sft, cpo, simpo, orpo, unlikelihood)
+OF_MEANS = (simpo, orpo)  # their reward is beta log pi(y) / |y|
 
-    def widen(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
 
-    chosen, rejected = widen(policy_chosen_logps), widen(policy_rejected_logps)
-    assert chosen is not None and rejected is not None
-    ref_chosen, ref_rejected = widen(ref_chosen_logps), widen(ref_rejected_logps)
-    if reference_free:
-        ref_chosen, ref_rejected = torch.zeros_like(chosen), torch.zeros_like(rejected)
-    pairs = Pairs(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, None, fn)
-    return terms(fn, chosen, pairs, beta=beta), *rewards(pairs, beta)
+def mean_logps(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected), (B,) each: log pi(y) / |y|."""
+    return (
+        per_token(pairs.chosen_logps, pairs.need("chosen_lengths")),
+        per_token(pairs.rejected_logps, pairs.need("rejected_lengths")),
+    )
+
+
+def _mean_margins(pairs: Pairs) -> Tensor:
+    chosen = per_token(pairs.chosen_scores, pairs.need("chosen_lengths"))
+    return chosen - per_token(pairs.rejected_scores, pairs.need("rejected_lengths"))
+
+
+def _logistic(loss: str, z: Tensor, label_smoothing: float) -> Tensor:
+    _smoothing(loss, label_smoothing)
+    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+
+
+def _smoothing(loss: str, label_smoothing: float) -> None:
+    _check.number(loss, label_smoothing=label_smoothing)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"{loss}: label_smoothing must be in [0, 0.5); got {label_smoothing}")
+
+
+def _not_negative(loss: str, **options: float) -> None:
+    _check.number(loss, **options)
+    for name, value in options.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{loss}: {name} must be >= 0 and finite; got {value}")
