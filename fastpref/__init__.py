@@ -2,10 +2,12 @@
 
 from fastpref.heads.plan import Plan, plan
 from fastpref.heads.preference import PreferenceOutput, linear_preference_loss
+from fastpref.heads.unpaired import UnpairedOutput, linear_unpaired_loss
 from fastpref.integrations.transformers import fused_lm_head
 from fastpref.losses._protocol import couples
 from fastpref.losses.dpo import dpo_loss
 from fastpref.losses.pairs import Pairs, Tokens
+from fastpref.losses.unpaired import Unpaired, kto_kl, kto_loss
 from fastpref.ops.gae import gae
 from fastpref.ops.linear_logps import LogPs, linear_logps
 from fastpref.ops.selective_logps import selective_logps
@@ -18,12 +20,17 @@ __all__ = [
     "Plan",
     "PreferenceOutput",
     "Tokens",
+    "Unpaired",
+    "UnpairedOutput",
     "couples",
     "dpo_loss",
     "fused_lm_head",
     "gae",
+    "kto_kl",
+    "kto_loss",
     "linear_logps",
     "linear_preference_loss",
+    "linear_unpaired_loss",
     "plan",
     "selective_logps",
 ]

@@ -13,6 +13,7 @@ from fastpref import (
     gae,
     linear_logps,
     linear_preference_loss,
+    linear_unpaired_loss,
     selective_logps,
 )
 from fastpref.losses.preference import PREFERENCE_LOSSES
@@ -225,6 +226,14 @@ def test_every_loss_of_pairs(options):
 
     # sppo_hard and ipo square tens of nats
     assert_compiles(function, args, of_loss, trained=("hidden",), tolerance=5e-5)
+
+
+def test_every_unpaired_loss():
+    args = {**sequences(), "desirable": torch.tensor([True, False, False, True])}
+    options = {"loss_type": ["kto", "apo_zero_unpaired"], "ref_logps": -9 * upstream(4).abs(), "kl": 0.3}
+    assert_compiles(
+        lambda **given: linear_unpaired_loss(**given, **options), args, of_loss, trained=("hidden",), tolerance=5e-6
+    )
 
 
 def test_preference_loss_of_packed_sequences():

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastpref import linear_logps, linear_preference_loss
+from fastpref import kto_kl, linear_logps, linear_preference_loss
 
 transformers = pytest.importorskip("transformers")
 
@@ -217,6 +217,15 @@ def check_sharded_head_is_refused_outside_forward(rank):
         linear_logps(hidden, model.lm_head.weight, targets)
     with pytest.raises(ValueError, match=r"linear_preference_loss: weight must be whole.*fused_lm_head"):
         linear_preference_loss(hidden, model.lm_head.weight, targets, ref_logps=ref_logps)
+
+
+def check_kto_kl_of_shares_of_unequal_size(rank):
+    """The mean over all sequences, clamped once: neither a mean of means, nor of clamped ones."""
+    apart = torch.tensor([[2.0, 1.0, 4.0], [-5.5]][rank])
+    assert kto_kl(apart, torch.zeros_like(apart)).item() == 0.375
+    assert kto_kl(-apart, torch.zeros_like(apart)).item() == 0
+    alone = [dist.new_group([one]) for one in range(WORLD)][rank]
+    assert kto_kl(apart, torch.zeros_like(apart), process_group=alone).item() == pytest.approx([7 / 3, 0][rank])
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
