@@ -7,6 +7,7 @@ from fastpref.integrations.transformers import fused_lm_head
 from fastpref.losses._protocol import couples
 from fastpref.losses.dpo import dpo_loss
 from fastpref.losses.pairs import Pairs, Tokens
+from fastpref.losses.reward import reward_loss
 from fastpref.losses.unpaired import Unpaired, kto_kl, kto_loss
 from fastpref.ops.gae import gae
 from fastpref.ops.linear_logps import LogPs, linear_logps
@@ -32,5 +33,6 @@ __all__ = [
     "linear_preference_loss",
     "linear_unpaired_loss",
     "plan",
+    "reward_loss",
     "selective_logps",
 ]
