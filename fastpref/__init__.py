@@ -9,6 +9,7 @@ from fastpref.losses.dpo import dpo_loss
 from fastpref.losses.pairs import Pairs, Tokens
 from fastpref.losses.reward import reward_loss
 from fastpref.losses.unpaired import Unpaired, kto_kl, kto_loss
+from fastpref.modules import LinearDPOLoss, LinearKTOLoss
 from fastpref.ops.gae import gae
 from fastpref.ops.linear_logps import LogPs, linear_logps
 from fastpref.ops.selective_logps import selective_logps
@@ -16,6 +17,8 @@ from fastpref.ops.selective_logps import selective_logps
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearDPOLoss",
+    "LinearKTOLoss",
     "LogPs",
     "Pairs",
     "Plan",
