@@ -21,9 +21,9 @@ enum Sum : int { kSumExp = 0, kSumExpD = 1, kSumExpSq = 2, kSumZ = 3, kMaxD = 4,
 
 struct Scoring {
   const void* hidden;            // (n, H) contiguous
-  const void* weight;            // (V, H), rows weight_stride apart
+  const void* weight;            // (V, H), rows weight_stride apart, columns weight_column
   const float* bias;             // (V,) or null
-  const int64_t* targets;        // (n,)
+  const int64_t* targets;        // (n,), in [0, V), or -1: no label among these rows of the weight
   const float* anchor;           // (n,) subtracted from every z of the row
   const float* inv_temperature;  // (n,)
   const float* c0;               // (n,) or null: the stored chunk is F (c0 + c1 d)
@@ -32,14 +32,19 @@ struct Scoring {
   void* stored;                  // (V, stride) or null; bf16, or fp32 for fp32 inputs
   int64_t n, hidden_size, vocab_size, weight_stride, stride;
   float logit_scale, softcap;    // softcap 0: none
+  int64_t weight_column = 1;
+  bool weight_fp32 = false;      // of 16-bit hidden: the weight is rounded to its dtype as it is read
 };
 
 struct Product {
   const void* stored;  // (V, stride), as `score` left it
-  const void* dense;   // d_hidden: weight (V, H), rows dense_stride apart. d_weight: (n, H) fp32 scaled hidden
+  const void* dense;   // d_hidden: weight (V, H), rows dense_stride apart, columns dense_column. d_weight: (n, H)
+                       // fp32 scaled hidden, contiguous
   float* out;          // d_hidden: (n, H), written. d_weight: (V, H), added to if accumulate
   int64_t n, hidden_size, vocab_size, dense_stride, stride;
   bool accumulate;
+  int64_t dense_column = 1;
+  bool dense_fp32 = false;  // d_hidden of 16-bit hidden: the weight is rounded to its dtype as it is read
 };
 
 struct HeadKernels {

@@ -21,14 +21,15 @@ def isa() -> str:
     return os.environ.get("FASTPREF_CPU_ISA") or _cpu.head_isas()[0]
 
 
-def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = weight.to(dtype)
-    return weight if weight.stride(1) == 1 else weight.contiguous()
+def _is_wider(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels round this fp32 weight to 16-bit `dtype` as they read it."""
+    return weight.dtype == torch.float32 and dtype != torch.float32
 
 
 def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(n,) fp64: x . w_y, summed in fp64."""
-    weight, (n, hidden_size) = _rows(weight, x.dtype), x.shape
+    n, hidden_size = x.shape
+    x, targets = x.contiguous(), targets.contiguous()
     out = torch.empty(n, dtype=torch.float64)
     _cpu.label_dots(
         x.data_ptr(),
@@ -37,8 +38,9 @@ def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         out.data_ptr(),
         n,
         hidden_size,
-        weight.stride(0),
+        *weight.stride(),
         _DTYPES[x.dtype],
+        _is_wider(weight, x.dtype),
         torch.get_num_threads(),
     )
     return out
@@ -58,7 +60,7 @@ def score(
     chunk: Tensor | None,
     coefs: tuple[Tensor, Tensor] | None,
 ) -> Sums:
-    weight, (n, hidden_size) = _rows(head.weight, x.dtype), x.shape
+    weight, (n, hidden_size) = head.weight, x.shape
     bias = None if head.bias is None else head.bias.float().contiguous()
     c0, c1 = (c.contiguous() for c in coefs) if coefs else (None, None)
     x, anchor, inv_temperature = x.contiguous(), anchor.contiguous(), inv_temperature.contiguous()
@@ -73,21 +75,21 @@ def score(
         n,
         hidden_size,
         weight.shape[0],
-        weight.stride(0),
+        *weight.stride(),
         0 if chunk is None else chunk.stride(0),
         head.logit_scale,
         head.softcap or 0.0,
         _DTYPES[x.dtype],
+        _is_wider(weight, x.dtype),
         torch.get_num_threads(),
     )
     return Sums(*sums)
 
 
-def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
-    """(n, H) fp32: F W."""
-    if chunk.dtype == torch.bfloat16 and weight.dtype == torch.float32:
-        weight = weight.bfloat16()
-    weight = _rows(weight, weight.dtype)
+def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(n, H) fp32: F W, with the weight read in `dtype`, that of hidden; bf16 if None is given for an fp32 weight."""
+    if dtype is None:
+        dtype = chunk.dtype if _is_wider(weight, chunk.dtype) else weight.dtype
     vocab_size, hidden_size = weight.shape
     out = torch.empty(n, hidden_size)
     _cpu.head_d_hidden(
@@ -98,9 +100,10 @@ def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
         n,
         hidden_size,
         vocab_size,
-        weight.stride(0),
+        *weight.stride(),
         chunk.stride(0),
-        _DTYPES[weight.dtype],
+        _DTYPES[dtype],
+        _is_wider(weight, dtype),
         torch.get_num_threads(),
     )
     return out

@@ -1,0 +1,116 @@
+// The register tiles: C (MR, NR) = or += A B, over `steps` operands along K. Included by csrc/head_isa.cpp alone.
+//
+//   A[i, k] at a[i * row + k / STEP * col + k % STEP], B packed (steps, NR), zeros past the end of K in either
+//
+// An operand is K values of K. A vector tile broadcasts A's operands one by one; AMX takes 16 rows of 16 pairs at once.
+#pragma once
+#include "head_vector.h"
+
+#if defined(__AMX_BF16__) || defined(FP_AMX_INTRINSICS)
+#define FP_AMX
+#include "head_amx.h"
+#endif
+
+namespace fastpref {
+namespace FP_ISA {
+namespace {
+
+template <class Op>
+struct VectorTile {
+#if defined(__AVX512F__)
+  static constexpr int MR = 8, NRV = 3;
+#elif defined(__AVX2__)
+  static constexpr int MR = 6, NRV = 2;
+#else
+  static constexpr int MR = 4, NRV = 2;
+#endif
+  static constexpr int NR = NRV * VL, STEP = 1;
+  // of an A packed in groups of MR rows
+  static constexpr int64_t GROUP_ROW = 1, GROUP_COL = MR;
+  struct Ready {};
+
+  template <class Operand>
+  static inline __attribute__((always_inline)) void tile(int64_t steps, const Operand* a, int64_t row, int64_t col,
+                                                         const Operand* b, float* c, int64_t ldc, bool add) {
+    vfloat acc[MR][NRV];
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NRV; ++j) acc[i][j] = vfloat{};
+    for (int64_t k = 0; k < steps; ++k) {
+      typename Op::Vector bv[NRV];
+      for (int j = 0; j < NRV; ++j) std::memcpy(&bv[j], b + k * NR + j * VL, sizeof bv[j]);
+      for (int i = 0; i < MR; ++i) {
+        const Operand ai = a[i * row + k * col];
+        for (int j = 0; j < NRV; ++j) acc[i][j] = Op::fma(acc[i][j], ai, bv[j]);
+      }
+    }
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NRV; ++j) {
+        float* p = c + i * ldc + j * VL;
+        store(p, add ? load(p) + acc[i][j] : acc[i][j]);
+      }
+  }
+};
+
+struct Single : VectorTile<Single> {  // one fp32 along K
+  typedef float Operand;
+  typedef vfloat Vector;
+  static constexpr int K = 1;
+  template <class S> static Operand join(S x) { return to_float(x); }
+  static vfloat fma(vfloat acc, Operand a, Vector b) { return acc + splat(a) * b; }
+};
+
+struct TwoBf16 {  // along K, in one 32-bit lane
+  typedef uint32_t Operand;
+  static constexpr int K = 2;
+  template <class S> static Operand join(S x, S next) { return as_bf16(x) | static_cast<uint32_t>(as_bf16(next)) << 16; }
+};
+
+#ifdef __AVX512BF16__
+struct Pair : TwoBf16, VectorTile<Pair> {
+  typedef vuint Vector;
+  static vfloat fma(vfloat acc, Operand a, Vector b) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+  }
+};
+#endif
+
+#ifdef FP_AMX
+struct Tiles : TwoBf16 {
+  static constexpr int MR = 32, NR = 32, NRV = NR / VL, STEP = 16;
+  static constexpr int64_t GROUP_ROW = STEP, GROUP_COL = MR * STEP;
+  typedef TilesConfigured Ready;
+
+  static void tile(int64_t steps, const Operand* a, int64_t row, int64_t col, const Operand* b, float* c, int64_t ldc, bool add) {
+    // what was packed must be in memory: the intrinsics do not tell the compiler what they read
+    __asm__ volatile("" ::: "memory");
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < steps; k += STEP, a += col, b += STEP * NR) {
+      _tile_loadd(4, a, row * 4);
+      _tile_loadd(6, b, NR * 4);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + 16, NR * 4);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + 16 * row, row * 4);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    alignas(64) float fresh[MR * NR];
+    float* to = add ? fresh : c;
+    const int64_t ld = add ? NR : ldc;
+    _tile_stored(0, to, ld * 4);
+    _tile_stored(1, to + 16, ld * 4);
+    _tile_stored(2, to + 16 * ld, ld * 4);
+    _tile_stored(3, to + 16 * ld + 16, ld * 4);
+    if (!add) return;
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NR; j += VL) store(c + i * ldc + j, load(c + i * ldc + j) + load(fresh + i * NR + j));
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace FP_ISA
+}  // namespace fastpref
