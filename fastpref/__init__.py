@@ -1,5 +1,6 @@
 """Preference-tuning losses of a language model without the logits matrix."""
 
+from fastpref.heads.cross_entropy import linear_cross_entropy
 from fastpref.heads.plan import Plan, plan
 from fastpref.heads.policy import linear_policy_loss
 from fastpref.heads.preference import PreferenceOutput, linear_preference_loss
@@ -23,6 +24,7 @@ from fastpref.losses.unpaired import Unpaired, kto_kl, kto_loss
 from fastpref.losses.value import value_loss
 from fastpref.modules import LinearDPOLoss, LinearKTOLoss
 from fastpref.ops.gae import gae
+from fastpref.ops.linear_divergence import linear_divergence
 from fastpref.ops.linear_logps import LogPs, linear_logps
 from fastpref.ops.masked_whiten import masked_whiten
 from fastpref.ops.selective_logps import selective_logps
@@ -49,6 +51,8 @@ __all__ = [
     "gae",
     "kto_kl",
     "kto_loss",
+    "linear_cross_entropy",
+    "linear_divergence",
     "linear_logps",
     "linear_policy_loss",
     "linear_preference_loss",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastpref import linear_logps, selective_logps
+from tests._oracle import BACKENDS as FUSED
 from tests._oracle import (
     IGNORE,
     as_dict,
@@ -21,7 +22,7 @@ from tests._oracle import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["torch", "reference"]
+BACKENDS = [*FUSED, "reference"]
 # tokens before V: none to a batch, odd, a block, one past it
 SHAPES = [((1,), 2), ((7,), 13), ((3, 11), 128), ((2, 2, 9), 1025)]
 EVERY = {"outputs": ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")}
@@ -77,26 +78,28 @@ def test_no_worse_than_eager(with_entropy, shape, dtype, backend):
     assert_contract(inputs(*shape, dtype), grads, backend=backend)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_options(with_entropy, per_token, options, dtype):
+def test_options(with_entropy, per_token, options, dtype, backend):
     args = inputs((5, 7), 129, dtype)
     if per_token:
         args["temperature"] = 0.5 + torch.rand(5, 7, generator=torch.Generator().manual_seed(5))
         options = {k: x for k, x in options.items() if k != "temperature"}
     grads = {"logps": upstream(5, 7)} | ({"entropy": upstream(5, 7, seed=2)} if with_entropy else {})
-    assert_contract(args, grads, **options)
+    assert_contract(args, grads, backend=backend, **options)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("below", [0.0, 5.0, 10.0])
-def test_entropy_does_not_depend_on_how_unlikely_the_label_is(below):
+def test_entropy_does_not_depend_on_how_unlikely_the_label_is(below, backend):
     """Anchored at the label, log S and sum e d / S both grow with the label's distance, and cancel."""
     args = inputs((200,), 129, ignored=0.0)
     args["targets"][args["targets"] == 0] = 1
     args["logits"][:, 0] += below  # one column above most labels; every entropy stays between 0.1 and 4 nats
-    (ours, d_ours), (fp32, _), (want, d_want) = three_ways(args, {"entropy": upstream(200)})
+    (ours, d_ours), (fp32, _), (want, d_want) = three_ways(args, {"entropy": upstream(200)}, backend=backend)
     assert_no_worse(ours["entropy"], fp32["entropy"], want["entropy"])
     assert_gradient(d_ours["logits"], d_want["logits"])
 
@@ -113,7 +116,7 @@ def test_extra_outputs(dtype, backend):
     assert torch.equal(got["is_top1"].bool(), want["is_top1"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradcheck(options, backend):
     args = inputs((2, 3), 7, torch.float64)
@@ -191,22 +194,24 @@ def test_huge_logits(spread, dtype, backend):
     assert bool((selective_logps(**args, outputs=("entropy",), backend=backend).entropy >= 0).all())
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lead", [10.0, 21.0, 40.0])
-def test_confident_rows_keep_relative_precision(lead, dtype):
+def test_confident_rows_keep_relative_precision(lead, dtype, backend):
     args = inputs((20,), 50, dtype, spread=1.0, ignored=0.0)
     args["logits"].scatter_(1, args["targets"][:, None], lead)
     want = run(with_identity(truth), args, dtype=torch.float64)[0]["logps"]
-    got = selective_logps(**args).double()
+    got = selective_logps(**args, backend=backend).double()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
-def test_infinite_logits_of_other_tokens_are_impossible():
+@pytest.mark.parametrize("backend", FUSED)
+def test_infinite_logits_of_other_tokens_are_impossible(backend):
     """Masked vocabularies: -inf is a probability of 0, and its gradient is 0."""
     args = inputs((7,), 13, ignored=0.0)
     args["targets"] = args["targets"].clamp(max=9)
     args["logits"][:, 10:] = -math.inf
-    call = {"grads": {"logps": upstream(7)}, "trained": ("logits",)}
+    call = {"grads": {"logps": upstream(7)}, "trained": ("logits",), "backend": backend}
     got, d_got = run(selective_logps, args, **call)
     want, d_want = run(selective_logps, {**args, "logits": args["logits"][:, :10]}, **call)
     torch.testing.assert_close(got["logps"], want["logps"])
@@ -214,26 +219,50 @@ def test_infinite_logits_of_other_tokens_are_impossible():
     assert bool((d_got["logits"][:, 10:] == 0).all())
 
 
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("level", [-1e4, 0.0, 1e4])
+def test_an_impossible_label(level, backend):
+    """log 0, and all the others as if it were not there; its gradient is g, theirs -g p."""
+    args = inputs((7,), 300, ignored=0.0)
+    others = args["logits"][:, 1:] + level
+    args["logits"] = torch.cat((torch.full((7, 1), -math.inf), others), 1)
+    args["targets"][:] = 0
+    (entropy, h) = (others.double().softmax(1).log() * -others.double().softmax(1)).sum(1), upstream(7, seed=2)
+    call = {"trained": ("logits",), "backend": backend, "outputs": ("entropy",)}
+    got, d_got = run(selective_logps, args, grads={"logps": upstream(7)}, **call)
+    assert bool((got["logps"] == -math.inf).all())
+    torch.testing.assert_close(got["entropy"].double(), entropy, rtol=2e-6, atol=2e-6)
+    p = others.double().softmax(1)
+    torch.testing.assert_close(d_got["logits"][:, 0], upstream(7))
+    assert_gradient(d_got["logits"][:, 1:], -upstream(7)[:, None] * p)
+    _, d_got = run(selective_logps, args, grads={"entropy": h}, **call)
+    assert_gradient(d_got["logits"][:, 1:], -h[:, None] * p * (p.log() + entropy[:, None]))
+    assert bool((d_got["logits"][:, 0] == 0).all())
+
+
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_do_not_depend_on_each_other(dtype):
+def test_rows_do_not_depend_on_each_other(dtype, backend):
     args = inputs((700,), 257, dtype)
-    whole, d_whole = run(selective_logps, args, grads={"logps": upstream(700)}, trained=("logits",))
+    call = {"trained": ("logits",), "backend": backend}
+    whole, d_whole = run(selective_logps, args, grads={"logps": upstream(700)}, **call)
     for chosen in (slice(0, 1), slice(3, 9), slice(512, 700), slice(None, None, 3)):
         some = {k: x[chosen] for k, x in args.items()}
-        few, d_few = run(selective_logps, some, grads={"logps": upstream(700)[chosen]}, trained=("logits",))
+        few, d_few = run(selective_logps, some, grads={"logps": upstream(700)[chosen]}, **call)
         assert_same_bits(few["logps"], whole["logps"][chosen])
         assert_same_bits(d_few["logits"], d_whole["logits"][chosen])
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_views(dtype):
+def test_strided_views(dtype, backend):
     args = inputs((5, 6), 29, dtype)
-    call = {"grads": {"logps": upstream(5, 6)}, "trained": ("logits",)}
+    call = {"grads": {"logps": upstream(5, 6)}, "trained": ("logits",), "backend": backend}
     want, d_want = run(selective_logps, args, **call)
     logits = torch.full((59, 13, 11), -7.0, dtype=dtype).permute(2, 1, 0)[1::2, 1::2, 1::2].copy_(args["logits"])
     targets = torch.full((13, 11), -7).T[1::2, 1::2].copy_(args["targets"])
     assert not logits.is_contiguous() and not targets.is_contiguous()
-    got = selective_logps(logits.requires_grad_(), targets)
+    got = selective_logps(logits.requires_grad_(), targets, backend=backend)
     assert_same_bits(got, want["logps"])
     assert_same_bits(torch.autograd.grad(got, logits, upstream(6, 5).T * 0 + upstream(5, 6))[0], d_want["logits"])
 
@@ -259,6 +288,57 @@ def test_second_derivative_raises():
                 (output.sum() + first.square().sum()).backward()  # a sum: torch would refuse the penalty alone
 
 
+def test_instruction_sets_and_every_length_of_a_row(monkeypatch):
+    """Ends of vectors, labels in every lane, and nothing read or written beyond a row: its neighbours are NaN."""
+    if "cpu" not in FUSED:
+        pytest.skip("fastpref was built without the C++ kernels")
+    from fastpref import _cpu
+
+    grads = {"logps": upstream(40), "entropy": upstream(40, seed=2)}
+    for v in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 40):
+        for dtype in DTYPES:
+            args = inputs((40,), v, dtype, ignored=0.1)
+            args["targets"] = torch.where(args["targets"] == IGNORE, IGNORE, torch.arange(40) % v)
+            args["logits"] = torch.full((40, v + 64), math.nan, dtype=dtype)[:, 32 : 32 + v].copy_(args["logits"])
+            want, d_want = run(with_identity(truth), args, grads=grads, trained=("logits",), dtype=torch.float64)
+            for isa in _cpu.head_isas():
+                monkeypatch.setenv("FASTPREF_CPU_ISA", isa)
+                logits = args["logits"].requires_grad_()  # not a clone, which would be contiguous
+                got = selective_logps(logits, args["targets"], outputs=("entropy",), backend="cpu")
+                assert_logps(got.logps.detach(), want["logps"])
+                assert_entropy(got.entropy.detach(), want["entropy"])
+                (gradient,) = torch.autograd.grad(got[:2], logits, list(grads.values()))
+                assert_gradient(gradient, d_want["logits"], d_want["logits"].norm() + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_round_to_nearest_even(dtype):
+    """g (1 - p_y) of a certain loser is g: every finite 16-bit value, the ties between them, and what overflows."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    every = every[every.isfinite()].sort().values.unique()
+    ties = (every[1:].double() + every[:-1].double()).div(2).float()
+    nearby = torch.cat((torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)))
+    g = torch.cat((every, ties, nearby, torch.tensor([65519.9, 65520.0, -65520.0, 3.4e38, -3.4e38])))
+    g = g[g.abs() >= 2**-126]  # fp32's own subnormals are no gradients
+    logits = torch.zeros(len(g), 2, dtype=dtype)
+    logits[:, 1] = 1000.0
+    logits.requires_grad_()
+    logps = selective_logps(logits, torch.zeros(len(g), dtype=torch.long))
+    (gradient,) = torch.autograd.grad(logps, logits, g)
+    assert_same_bits(gradient[:, 0], g.to(dtype))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_and_nan_logits_give_no_number(dtype, backend):
+    """In fp16 infinity is no large number: its bits go another way."""
+    for bad in (math.inf, math.nan):
+        logits = torch.zeros(2, 40, dtype=dtype)
+        logits[0, 7] = bad
+        got = selective_logps(logits, torch.tensor([3, 3]), backend=backend)
+        assert not bool(got[0].isfinite()) and bool(got[1].isfinite())
+
+
 def change(**changes):
     args = {"logits": torch.randn(6, 7, generator=torch.Generator().manual_seed(0)), "targets": torch.arange(6)}
     return {**args, **{k: c(args[k]) if callable(c) else c for k, c in changes.items()}}
@@ -278,7 +358,8 @@ REFUSALS = {
     "softcap": ({"softcap": 0.0}, ValueError, "softcap must be .*, or None; got 0.0"),
     "logit_scale": ({"logit_scale": math.nan}, ValueError, "logit_scale must be finite.*; got nan"),
     "outputs": ({"outputs": ("x",)}, ValueError, "outputs must be among entropy.*; got 'x'"),
-    "backend": ({"backend": "cpu"}, ValueError, "backend must be .*torch.*; got 'cpu'"),
+    "backend": ({"backend": "tpu"}, ValueError, "backend must be None or one of .*torch.*; got 'tpu'"),
+    "fp64": ({"logits": lambda x: x.double()}, TypeError, "logits must be one of .*; got float64"),
     "nan": ({"logits": lambda x: x * math.nan, "check_finite": True}, ValueError, "logits must be finite"),
 }
 
