@@ -1,28 +1,53 @@
 """Preference-tuning losses of a language model without the logits matrix."""
 
 from fastpref.heads.plan import Plan, plan
+from fastpref.heads.policy import linear_policy_loss
 from fastpref.heads.preference import PreferenceOutput, linear_preference_loss
 from fastpref.integrations.transformers import fused_lm_head
 from fastpref.losses._protocol import couples
+from fastpref.losses.policy import PolicyOutput, policy_loss
 from fastpref.losses.preference import Pairs, Tokens, dpo_loss
+from fastpref.losses.rewards import (
+    AdaptiveKL,
+    RunningMoments,
+    normalize_rewards,
+    shape_rewards,
+    update_kl_coef,
+    update_moments,
+)
+from fastpref.losses.surrogates import Rollout
+from fastpref.losses.value import value_loss
 from fastpref.ops.gae import gae
 from fastpref.ops.linear_logps import LogPs, linear_logps
+from fastpref.ops.masked_whiten import masked_whiten
 from fastpref.ops.selective_logps import selective_logps
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveKL",
     "LogPs",
     "Pairs",
     "Plan",
+    "PolicyOutput",
     "PreferenceOutput",
+    "Rollout",
+    "RunningMoments",
     "Tokens",
     "couples",
     "dpo_loss",
     "fused_lm_head",
     "gae",
     "linear_logps",
+    "linear_policy_loss",
     "linear_preference_loss",
+    "masked_whiten",
+    "normalize_rewards",
     "plan",
+    "policy_loss",
     "selective_logps",
+    "shape_rewards",
+    "update_kl_coef",
+    "update_moments",
+    "value_loss",
 ]
