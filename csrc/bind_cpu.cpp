@@ -12,12 +12,13 @@ static T* ptr(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-static void gae(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t dones, uintptr_t bootstrap,
-                uintptr_t advantages, uintptr_t returns, int64_t n_rows, int64_t n_steps, double gamma, double lam,
-                int n_threads) {
-  fastpref::gae_cpu({ptr<const float>(rewards), ptr<const float>(values), ptr<const uint8_t>(mask),
+static void gae(const std::string& isa, uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t dones,
+                uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns, uintptr_t sums, int64_t n_rows,
+                int64_t n_steps, double gamma, double lam, int n_threads) {
+  fastpref::gae_cpu(isa,
+                    {ptr<const float>(rewards), ptr<const float>(values), ptr<const uint8_t>(mask),
                      ptr<const uint8_t>(dones), ptr<const float>(bootstrap), ptr<float>(advantages),
-                     ptr<float>(returns), n_rows, n_steps, gamma, lam},
+                     ptr<float>(returns), ptr<double>(sums), n_rows, n_steps, gamma, lam},
                     n_threads);
 }
 

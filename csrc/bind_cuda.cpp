@@ -19,11 +19,11 @@ static void check(const char* op, const char* error) {
 }
 
 static void gae(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t dones, uintptr_t bootstrap,
-                uintptr_t advantages, uintptr_t returns, int64_t n_rows, int64_t n_steps, double gamma, double lam,
-                uintptr_t stream) {
+                uintptr_t advantages, uintptr_t returns, uintptr_t sums, int64_t n_rows, int64_t n_steps, double gamma,
+                double lam, uintptr_t stream) {
   check("gae", fastpref::gae_cuda({ptr<const float>(rewards), ptr<const float>(values), ptr<const uint8_t>(mask),
                                    ptr<const uint8_t>(dones), ptr<const float>(bootstrap), ptr<float>(advantages),
-                                   ptr<float>(returns), n_rows, n_steps, gamma, lam},
+                                   ptr<float>(returns), ptr<double>(sums), n_rows, n_steps, gamma, lam},
                                   ptr<void>(stream)));
 }
 

@@ -1,33 +1,46 @@
+// Chooses GAE's kernel at run time, and gives it the rows.
 #include "gae.h"
 
-namespace fastpref {
-namespace {
+#include <algorithm>
+#include <stdexcept>
 
-// With G = V + lam A the recursion is one affine map a step:  A_t = r_t - V_t + gamma G_next,
-// G_t = V_t + lam (r_t - V_t) + gamma lam G_next. In double: the error is then that of rounding the result.
-void gae_row(const GaeArgs& args, std::int64_t row) {
-  const std::int64_t start = row * args.n_steps;
-  const double gamma = args.gamma, lam = args.lam;
-  double g = args.bootstrap ? args.bootstrap[row] : 0.0;
-  for (std::int64_t i = start + args.n_steps - 1; i >= start; --i) {
-    if (args.mask && !args.mask[i]) {
-      args.advantages[i] = args.returns[i] = 0.0f;
-      continue;
-    }
-    // a branch, not a product: a NaN after a terminal step must not cross it
-    const double g_next = args.dones && args.dones[i] ? 0.0 : g;
-    const double reward = args.rewards[i], value = args.values[i];
-    args.returns[i] = static_cast<float>(reward + gamma * g_next);
-    args.advantages[i] = static_cast<float>(reward - value + gamma * g_next);
-    g = value + lam * (reward - value) + gamma * lam * g_next;
-  }
+#include "head_dispatch.h"
+
+namespace fastpref {
+
+#ifdef FP_HAVE_AVX512BF16
+namespace avx512bf16 { void gae_row(const GaeArgs& args, std::int64_t row); }
+#endif
+#ifdef FP_HAVE_AVX512
+namespace avx512 { void gae_row(const GaeArgs& args, std::int64_t row); }
+#endif
+#ifdef FP_HAVE_AVX2
+namespace avx2 { void gae_row(const GaeArgs& args, std::int64_t row); }
+#endif
+namespace portable { void gae_row(const GaeArgs& args, std::int64_t row); }
+
+typedef void (*RowKernel)(const GaeArgs&, std::int64_t);
+
+static RowKernel kernel_of(const std::string& isa) {
+  const std::vector<std::string> usable = head_isas();
+  if (std::find(usable.begin(), usable.end(), isa) == usable.end())
+    throw std::invalid_argument("gae: FASTPREF_CPU_ISA is not one that this processor has; got " + isa);
+#ifdef FP_HAVE_AVX512BF16
+  if (isa == "avx512bf16") return avx512bf16::gae_row;
+#endif
+#ifdef FP_HAVE_AVX512
+  if (isa == "avx512") return avx512::gae_row;
+#endif
+#ifdef FP_HAVE_AVX2
+  if (isa == "avx2") return avx2::gae_row;
+#endif
+  return portable::gae_row;
 }
 
-}  // namespace
-
-void gae_cpu(const GaeArgs& args, int n_threads) {
+void gae_cpu(const std::string& isa, const GaeArgs& args, int n_threads) {
+  const RowKernel row_kernel = kernel_of(isa);
 #pragma omp parallel for num_threads(n_threads) schedule(static)
-  for (std::int64_t row = 0; row < args.n_rows; ++row) gae_row(args, row);
+  for (std::int64_t row = 0; row < args.n_rows; ++row) row_kernel(args, row);
 }
 
 }  // namespace fastpref

@@ -34,14 +34,28 @@ __device__ __forceinline__ Affine inclusive_scan_of_warp(Affine map, int lane) {
   return map;
 }
 
+// Sum over the block, always in the same order.
+__device__ __forceinline__ double sum_of_block(double x, double* of_warp, int lane, int warp) {
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) x += __shfl_up_sync(ALL, x, distance);
+  if (lane == 31) of_warp[warp] = x;  // only there is it the sum of all 32
+  __syncthreads();
+  double total = 0;
+  for (int w = 0; w < WARPS; ++w) total += of_warp[w];
+  __syncthreads();
+  return total;
+}
+
 // One block a row. Thread 0 holds the latest step of each stretch of THREADS steps, taken right to left.
 __global__ void __launch_bounds__(THREADS) gae_kernel(GaeArgs args) {
   __shared__ Affine warp_total[WARPS];
   __shared__ float carried;
+  __shared__ double warp_sum[WARPS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const std::int64_t start = static_cast<std::int64_t>(blockIdx.x) * args.n_steps;
   const float gamma = static_cast<float>(args.gamma), lam = static_cast<float>(args.lam);
 
+  double count = 0, sum = 0, sum_sq = 0;  // of this thread's advantages
   float carry = args.bootstrap ? args.bootstrap[blockIdx.x] : 0.0f;
   for (std::int64_t done_steps = 0; done_steps < args.n_steps; done_steps += THREADS) {
     const std::int64_t t = args.n_steps - 1 - done_steps - threadIdx.x;
@@ -64,12 +78,24 @@ __global__ void __launch_bounds__(THREADS) gae_kernel(GaeArgs args) {
     const float later = terminal ? 0.0f : gamma * g_next;
 
     if (inside) {
-      args.advantages[start + t] = live ? reward - value + later : 0.0f;
+      const float advantage = live ? reward - value + later : 0.0f;
+      count += live;
+      sum += advantage;
+      sum_sq += static_cast<double>(advantage) * advantage;
+      args.advantages[start + t] = advantage;
       args.returns[start + t] = live ? reward + later : 0.0f;
     }
     if (threadIdx.x == THREADS - 1) carried = g;
     __syncthreads();
     carry = carried;
+  }
+  if (args.sums) {
+    const double parts[] = {count, sum, sum_sq};
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const double total = sum_of_block(parts[i], warp_sum, lane, warp);
+      if (threadIdx.x == 0) args.sums[3 * blockIdx.x + i] = total;
+    }
   }
 }
 

@@ -8,6 +8,7 @@
 // are passed over: their reward, value and done are never used, and they get A = R = 0.
 #pragma once
 #include <cstdint>
+#include <string>
 
 namespace fastpref {
 
@@ -19,13 +20,15 @@ struct GaeArgs {
   const float* bootstrap;       // (B,), or null: 0
   float* advantages;            // (B, T), written
   float* returns;               // (B, T), written
+  double* sums;                 // (B, 3), written: live steps, and the sums of A and A^2 over them; or null
   std::int64_t n_rows;          // B
   std::int64_t n_steps;         // T
   double gamma;
   double lam;
 };
 
-void gae_cpu(const GaeArgs& args, int n_threads);
+// `isa`: one of head_isas().
+void gae_cpu(const std::string& isa, const GaeArgs& args, int n_threads);
 
 // Asynchronous on `stream`; null, or the text of the CUDA error.
 const char* gae_cuda(const GaeArgs& args, void* stream);

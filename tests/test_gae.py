@@ -35,10 +35,10 @@ def inputs(shape, dtype=torch.float32, seed=0):
 
 
 def run(function, args, dtype=None, gamma=0.99, lam=0.95):
-    """A backend's own function, which takes its arguments by position."""
+    """A backend's own function, which takes its arguments by position: (advantages, returns)."""
     floats = ("rewards", "values", "bootstrap")
     cast = {name: x.to(dtype) if dtype and name in floats else x for name, x in args.items()}
-    return function(*cast.values(), gamma, lam)
+    return function(*cast.values(), gamma, lam, True)[0]
 
 
 def oracle(args, gamma, lam):
@@ -71,10 +71,19 @@ def check(function, args):
         assert_no_worse(got, e, t)
 
 
+def check_moments(function, args):
+    """Of the advantages it returned itself, in float64."""
+    (advantages, _), sums = function(*args.values(), 0.99, 0.95, True)
+    live, wide = torch.ones_like(advantages) if args["mask"] is None else args["mask"], advantages.double()
+    expected = torch.stack((live.sum(1).double(), wide.sum(1), wide.square().sum(1)), dim=1)
+    assert sums.dtype == torch.float64
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-10)
+
+
 @pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (1.0, 1.0), (0.0, 0.5), (0.9, 0.0)])
 def test_reference_is_the_recursion_of_the_paper(gamma, lam):
     args = inputs((4, 23), torch.float64)
-    torch.testing.assert_close(torch.stack(run(reference.gae, args, None, gamma, lam)), oracle(args, gamma, lam))
+    torch.testing.assert_close(run(reference.gae, args, None, gamma, lam), oracle(args, gamma, lam))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,6 +91,58 @@ def test_reference_is_the_recursion_of_the_paper(gamma, lam):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_worse_than_eager(shape, dtype, backend):
     check(kernels.choose("gae", "cpu", backend).gae, inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments(shape, backend):
+    check_moments(kernels.choose("gae", "cpu", backend).gae, inputs(shape))
+    args = {name: x.nan_to_num() for name, x in inputs(shape).items()}
+    check_moments(kernels.choose("gae", "cpu", backend).gae, {**args, "mask": None})
+
+
+LIKENESSES = {  # of a row's masked and terminal steps: each is another path of the C++ kernel
+    "all live": {},
+    "a prompt and padding": {"live": lambda t, n: (t > n // 5) & (t < n * 4 // 5)},
+    "random masks": {"live": lambda t, n: torch.rand(3, n, generator=torch.Generator().manual_seed(1)) > 0.3},
+    "terminal steps": {"done": lambda t, n: t % 37 == 5},
+    "masked terminal steps": {"live": lambda t, n: t % 3 > 0, "done": lambda t, n: t % 3 == 0},
+    "all masked": {"live": lambda t, n: t < 0},
+}
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="built without a C++ compiler")
+@pytest.mark.parametrize("isa", fastpref._cpu.head_isas() if "cpu" in BACKENDS else ["none"])
+@pytest.mark.parametrize("likeness", LIKENESSES)
+def test_every_path_of_every_instruction_set(likeness, isa, monkeypatch):
+    monkeypatch.setenv("FASTPREF_CPU_ISA", isa)
+    for n in (1, 3, 4, 15, 16, 17, 67, 256):  # below, at and past vectors of 4, 8 and 16 steps
+        args, rows = inputs((3, n)), LIKENESSES[likeness]
+        args["rewards"], args["values"] = args["rewards"].nan_to_num(0.5), args["values"].nan_to_num(0.7)
+        t = torch.arange(n).expand(3, n)
+        args["mask"] = rows.get("live", lambda t, n: t >= 0)(t, n)
+        args["dones"] = rows.get("done", lambda t, n: t < 0)(t, n)
+        args["rewards"][~args["mask"]] = float("nan")
+        function = kernels.choose("gae", "cpu", "cpu").gae
+        check(function, args)
+        check_moments(function, args)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="built without a C++ compiler")
+def test_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("FASTPREF_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match="gae: FASTPREF_CPU_ISA .* got mmx"):
+        gae(torch.ones(2, 3), torch.ones(2, 3))
+
+
+def test_error_does_not_grow_with_the_length():
+    args = inputs((2, 60_000))
+    args["mask"][:], args["dones"][:] = True, False
+    args["rewards"], args["values"] = args["rewards"].nan_to_num(), args["values"].nan_to_num()
+    ours = run(kernels.choose("gae", "cpu").gae, args, None, 1.0, 1.0)
+    truth = run(reference.gae, args, torch.float64, 1.0, 1.0)
+    if "cpu" in BACKENDS:  # a few roundings of a result, whatever its sum was made of
+        assert (ours - truth).abs().max() <= 3 * torch.finfo(torch.float32).eps * truth.abs().max()
 
 
 @pytest.mark.parametrize("absent", ["mask", "dones", "bootstrap"])
@@ -94,7 +155,7 @@ def test_an_argument_left_out_is_its_neutral_value(absent):
     torch.testing.assert_close(with_it, without, rtol=0, atol=0)
     left_out = {**args, absent: None}
     for backend in ("reference", *BACKENDS):
-        torch.testing.assert_close(run(kernels.choose("gae", "cpu", backend).gae, left_out), without)
+        torch.testing.assert_close(run(kernels.choose("gae", "cpu", backend).gae, left_out), torch.stack(without))
 
 
 def test_strided_views_and_masks_of_any_dtype():
@@ -122,7 +183,7 @@ def test_empty(shape, whiten):
         assert result.shape == shape and result.dtype == torch.float32
     if len(shape) == 2:
         for backend in ("reference", *BACKENDS):
-            assert [x.shape for x in run(kernels.choose("gae", "cpu", backend).gae, args)] == [shape, shape]
+            assert run(kernels.choose("gae", "cpu", backend).gae, args).shape == (2, *shape)
 
 
 def test_undiscounted_advantage_is_the_reward_to_go_less_the_value():
@@ -139,7 +200,8 @@ def test_masked_steps_are_passed_over():
     live = args["mask"][0]
     short = {name: x[:, live] if x.dim() == 2 else x for name, x in args.items()}
     for whole, cut in zip(gae(**args, **DISCOUNTS), gae(**short, **DISCOUNTS), strict=True):
-        torch.testing.assert_close(whole[:, live], cut, rtol=0, atol=0)
+        # the same sums, in another order
+        torch.testing.assert_close(whole[:, live], cut, rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_crosses_a_terminal_step():
@@ -206,7 +268,7 @@ def test_opcheck(dtype):
     args = {name: x.nan_to_num() for name, x in inputs((3, 8), dtype).items()}
     for absent in (None, "mask", "bootstrap"):
         torch.library.opcheck(
-            torch.ops.fastpref.gae.default, [*{**args, **({absent: None} if absent else {})}.values(), 0.99, 0.95]
+            torch.ops.fastpref.gae.default, [*{**args, **({absent: None} if absent else {})}.values(), 0.99, 0.95, True]
         )
 
 
@@ -260,11 +322,11 @@ def emulated(tmp_path_factory):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def launch(rewards, values, mask, dones, bootstrap, gamma, lam):
-        results = torch.empty_like(rewards), torch.empty_like(rewards)
-        tensors = (rewards, values, mask, dones, bootstrap, *results)
+    def launch(rewards, values, mask, dones, bootstrap, gamma, lam, moments):
+        results, sums = torch.empty(2, *rewards.shape), torch.empty(len(rewards), 3, dtype=torch.float64)
+        tensors = (rewards, values, mask, dones, bootstrap, *results, sums if moments else None)
         module.gae(*(0 if x is None else x.data_ptr() for x in tensors), *rewards.shape, gamma, lam, 0)
-        return results
+        return results, sums
 
     return launch
 
@@ -275,9 +337,10 @@ def test_cuda_kernel_under_the_emulator(emulated, monkeypatch, shape, reverse):
     monkeypatch.setenv("CUDA_EMU_REVERSE", reverse)
     args = inputs(shape)
     if 0 in shape:
-        assert [x.shape for x in run(emulated, args)] == [shape, shape]
+        assert run(emulated, args).shape == (2, *shape)
         return
     check(emulated, args)
+    check_moments(emulated, args)
     left_out = {**args, "dones": None, "bootstrap": None}
     torch.testing.assert_close(run(emulated, left_out), run(reference.gae, left_out))
     all_live = {**args, "rewards": args["rewards"].nan_to_num(), "values": args["values"].nan_to_num(), "mask": None}
@@ -300,7 +363,7 @@ def test_cuda_launch_without_a_device_says_so():
     if not kernels.why_not("cuda").startswith("built"):
         pytest.skip("fastpref._cuda is not built")
     with pytest.raises(RuntimeError, match=r"^gae: CUDA says: .*(driver|device)"):
-        fastpref._cuda.gae(0, 0, 0, 0, 0, 0, 0, 1, 1, 1.0, 1.0, 0)
+        fastpref._cuda.gae(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1.0, 1.0, 0)
 
 
 @pytest.mark.gpu
@@ -309,9 +372,9 @@ def test_cuda_launch_without_a_device_says_so():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_on_a_cuda_device(shape, dtype):
     check(gae_on_cuda, inputs(shape, dtype))
+    check_moments(gae_on_cuda, inputs(shape, dtype))
 
 
 def gae_on_cuda(*args):
-    rewards, values, mask, dones, bootstrap, gamma, lam = (x.cuda() if torch.is_tensor(x) else x for x in args)
-    results = gae(rewards, values, mask=mask, dones=dones, bootstrap=bootstrap, gamma=gamma, lam=lam)
-    return tuple(x.cpu() for x in results)
+    on_device = (x.cuda() if torch.is_tensor(x) else x for x in args)
+    return tuple(x.cpu() for x in kernels.choose("gae", "cuda").gae(*on_device))

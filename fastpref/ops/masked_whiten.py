@@ -25,7 +25,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, process_group: "dist.ProcessGroup 
     live = mask != 0
     clean = torch.where(live, x.detach(), 0.0).to(torch.promote_types(x.dtype, torch.float32))
     count, mean, sum_sq = masked_moments(clean, live, process_group)
-    return whiten(clean, live, count, mean, sum_sq)
+    return whitened_(clean, live, count, mean, sum_sq)
 
 
 def masked_moments(
@@ -44,6 +44,12 @@ def masked_moments(
     return count, mean, total(torch.where(live, x - mean.to(x.dtype), 0.0).square().sum(dtype=torch.float64))
 
 
-def whiten(x: Tensor, live: Tensor, count: Tensor, mean: Tensor, sum_sq: Tensor) -> Tensor:
+def whitened_(x: Tensor, live: Tensor | None, count: Tensor, mean: Tensor, sum_sq: Tensor) -> Tensor:
+    """x itself, whitened by its count, mean and sum of squares about it; 0 where it is not live."""
     scale = torch.rsqrt(sum_sq / (count - 1).clamp(min=1) + 1e-8)
-    return torch.where(live, (x - mean.to(x.dtype)) * scale.to(x.dtype), 0.0)
+    x.sub_(mean.to(x.dtype)).mul_(scale.to(x.dtype))
+    if live is not None:
+        # not torch.where: on a CPU that takes ten times as long, and a product would leave NaN
+        bits = torch.int64 if x.dtype == torch.float64 else torch.int32
+        x.view(bits).bitwise_and_(live.to(bits).neg_())
+    return x

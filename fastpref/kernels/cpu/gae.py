@@ -1,9 +1,10 @@
-"""GAE by csrc/gae.cpp: one pass from right to left over each row, rows over torch's threads, sums in double."""
+"""GAE by csrc/gae*.cpp: one pass from right to left over each row, a vector of steps at a time, rows over threads."""
 
 import torch
 from torch import Tensor
 
 import fastpref._cpu as _cpu
+from fastpref.kernels.cpu.head import isa
 
 
 def gae(
@@ -14,25 +15,33 @@ def gae(
     bootstrap: Tensor | None,
     gamma: float,
     lam: float,
+    moments: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), both (B, T) float32."""
+    """(2, B, T) float32, advantages and returns, and (B, 3) float64: live steps, the sums of A and A^2 over them.
+
+    The sums are not formed without `moments`. One tensor for both: two of a megabyte each go back to the system when
+    they are freed, and the page faults of the next call take longer than the rest of it.
+    """
     # named, not passed inline: a converted copy must live until the kernel has read it
     rewards, values = rewards.float().contiguous(), values.float().contiguous()
     mask = None if mask is None else mask.contiguous()
     dones = None if dones is None else dones.contiguous()
     bootstrap = None if bootstrap is None else bootstrap.float().contiguous()
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    results = torch.empty((2, *rewards.shape))
+    sums = torch.empty(len(rewards), 3, dtype=torch.float64)
     _cpu.gae(
+        isa(),
         rewards.data_ptr(),
         values.data_ptr(),
         0 if mask is None else mask.data_ptr(),
         0 if dones is None else dones.data_ptr(),
         0 if bootstrap is None else bootstrap.data_ptr(),
-        advantages.data_ptr(),
-        returns.data_ptr(),
+        results[0].data_ptr(),
+        results[1].data_ptr(),
+        sums.data_ptr() if moments else 0,
         *rewards.shape,
         gamma,
         lam,
         torch.get_num_threads(),
     )
-    return advantages, returns
+    return results, sums

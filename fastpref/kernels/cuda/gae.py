@@ -14,14 +14,16 @@ def gae(
     bootstrap: Tensor | None,
     gamma: float,
     lam: float,
+    moments: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), both (B, T) float32."""
+    """(2, B, T) float32, advantages and returns, and (B, 3) float64: live steps, the sums of A and A^2 over them."""
     # named, not passed inline: a converted copy must live until the launch is on the stream
     rewards, values = rewards.float().contiguous(), values.float().contiguous()
     mask = None if mask is None else mask.contiguous()
     dones = None if dones is None else dones.contiguous()
     bootstrap = None if bootstrap is None else bootstrap.float().contiguous()
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    results = torch.empty((2, *rewards.shape), device=rewards.device)
+    sums = torch.empty(len(rewards), 3, dtype=torch.float64, device=rewards.device)
     with torch.cuda.device(rewards.device):
         _cuda.gae(
             rewards.data_ptr(),
@@ -29,11 +31,12 @@ def gae(
             0 if mask is None else mask.data_ptr(),
             0 if dones is None else dones.data_ptr(),
             0 if bootstrap is None else bootstrap.data_ptr(),
-            advantages.data_ptr(),
-            returns.data_ptr(),
+            results[0].data_ptr(),
+            results[1].data_ptr(),
+            sums.data_ptr() if moments else 0,
             *rewards.shape,
             gamma,
             lam,
             torch.cuda.current_stream().cuda_stream,
         )
-    return advantages, returns
+    return results, sums

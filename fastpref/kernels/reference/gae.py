@@ -12,8 +12,12 @@ def gae(
     bootstrap: Tensor | None,
     gamma: float,
     lam: float,
+    moments: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), both (B, T) in float64 for float64 inputs and float32 otherwise."""
+    """(2, B, T), advantages and returns, in float64 for float64 inputs and float32 otherwise.
+
+    And (B, 3) float64: live steps, and the sums of A and A^2 over them.
+    """
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     rewards, values = rewards.to(dtype), values.to(dtype)
     live = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
@@ -31,4 +35,6 @@ def gae(
         returns[:, t] = torch.where(live[:, t], advantage + values[:, t], zero)
         next_value = torch.where(live[:, t], values[:, t], next_value)
         next_advantage = torch.where(live[:, t], advantage, next_advantage)
-    return advantages, returns
+    wide = advantages.double()
+    sums = torch.stack((live.sum(1).double(), wide.sum(1), wide.square().sum(1)), dim=1)
+    return torch.stack((advantages, returns)), sums

@@ -17,8 +17,9 @@ def gae(
     bootstrap: Tensor | None,
     gamma: float,
     lam: float,
+    moments: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), both (B, T) float32."""
+    """(2, B, T) float32, advantages and returns, and (B, 3) float64: live steps, the sums of A and A^2 over them."""
     rewards, values = rewards.float(), values.float()
     live = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     terminal = torch.zeros_like(live) if dones is None else dones & live
@@ -39,4 +40,8 @@ def gae(
 
     later = torch.where(terminal, 0.0, gamma * offset[:, 1:])
     advantages = torch.where(live, rewards - values + later, 0.0)
-    return advantages, torch.where(live, rewards + later, 0.0)
+    sums = rewards.new_empty((len(rewards), 3), dtype=torch.float64)
+    if moments:
+        wide = advantages.double()
+        sums = torch.stack((live.sum(1).double(), wide.sum(1), wide.square().sum(1)), dim=1)
+    return torch.stack((advantages, torch.where(live, rewards + later, 0.0))), sums
