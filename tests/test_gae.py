@@ -131,7 +131,7 @@ def test_every_path_of_every_instruction_set(likeness, isa, monkeypatch):
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="built without a C++ compiler")
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("FASTPREF_CPU_ISA", "mmx")
-    with pytest.raises(ValueError, match="gae: FASTPREF_CPU_ISA .* got mmx"):
+    with pytest.raises(ValueError, match=r"gae: FASTPREF_CPU_ISA .* got mmx"):
         gae(torch.ones(2, 3), torch.ones(2, 3))
 
 
