@@ -112,8 +112,8 @@ class Objective:
             losses = losses - self.entropy_coef * self._live(entropy)
         return self._live(losses * self.shares)
 
-    @torch.no_grad()
     def metrics(self, logps: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
+        """Detached and 0-d, under TRL's names."""
         rollout = self._rollout(logps.detach())
         found: dict[str, Tensor] = {}
         for term in self.terms.terms:

@@ -203,7 +203,7 @@ def dapo(
 def _sequence_gradient_by_token(rollout: Rollout) -> Tensor:
     """s, the sequence's ratio, with the gradient of log pi of the token alone."""
     drift = rollout.logps - rollout.logps.detach()
-    return rollout.sequence_ratios.detach() * drift.exp()
+    return bounded_exp(rollout.means(rollout.log_ratios.detach())[rollout.sequence] + drift)
 
 
 @declared("sequence", "sequence_mean", _clip_metrics(_of_sequences, by_sequence=True))
