@@ -7,8 +7,10 @@ from fastpref.heads.preference import PreferenceOutput, linear_preference_loss
 from fastpref.heads.unpaired import UnpairedOutput, linear_unpaired_loss
 from fastpref.integrations.transformers import fused_lm_head
 from fastpref.losses._protocol import couples
+from fastpref.losses.dpo import dpo_loss
+from fastpref.losses.pairs import Pairs, Tokens
 from fastpref.losses.policy import PolicyOutput, policy_loss
-from fastpref.losses.preference import Pairs, Tokens, dpo_loss
+from fastpref.losses.reward import reward_loss
 from fastpref.losses.rewards import (
     AdaptiveKL,
     RunningMoments,
@@ -18,7 +20,9 @@ from fastpref.losses.rewards import (
     update_moments,
 )
 from fastpref.losses.surrogates import Rollout
+from fastpref.losses.unpaired import Unpaired, kto_kl, kto_loss
 from fastpref.losses.value import value_loss
+from fastpref.modules import LinearDPOLoss, LinearKTOLoss
 from fastpref.ops.gae import gae
 from fastpref.ops.linear_divergence import linear_divergence
 from fastpref.ops.linear_logps import LogPs, linear_logps
@@ -29,6 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveKL",
+    "LinearDPOLoss",
+    "LinearKTOLoss",
     "LogPs",
     "Pairs",
     "Plan",
@@ -50,10 +56,12 @@ __all__ = [
     "linear_logps",
     "linear_policy_loss",
     "linear_preference_loss",
+    "linear_unpaired_loss",
     "masked_whiten",
     "normalize_rewards",
     "plan",
     "policy_loss",
+    "reward_loss",
     "selective_logps",
     "shape_rewards",
     "update_kl_coef",

@@ -132,7 +132,9 @@ def test_entropy_bonus_of_losses_reduced_by_mean(name):
     batch, entropy = filled()
     kind, theirs, _ = BOTH[name]
     theirs_leaf, ours_leaf = (entropy.clone().requires_grad_() for _ in range(2))
-    expected, _ = trl_loss(kind, batch, batch["logps"].clone().requires_grad_(), theirs_leaf, entropy_coef=0.1, **theirs)
+    expected, _ = trl_loss(
+        kind, batch, batch["logps"].clone().requires_grad_(), theirs_leaf, entropy_coef=0.1, **theirs
+    )
     arguments = batch["old_logps"], batch["advantages"][:, 0], batch["mask"]
     out = policy_loss(batch["logps"], *arguments, entropy=ours_leaf, entropy_coef=0.1, **our_options(name))
     torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)

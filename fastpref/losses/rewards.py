@@ -83,9 +83,7 @@ def update_moments(
     count, mean, sum_sq = masked_moments(torch.where(live, x.detach(), 0.0).double(), live, process_group)
     total, gap = moments.n + count, mean - moments.mean
     share = count / torch.clamp(total, min=1)
-    return RunningMoments(
-        total, moments.mean + gap * share, moments.sum_sq + sum_sq + gap.square() * moments.n * share
-    )
+    return RunningMoments(total, moments.mean + gap * share, moments.sum_sq + sum_sq + gap.square() * moments.n * share)
 
 
 def normalize_rewards(

@@ -19,7 +19,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """(2, B, T) float32, advantages and returns, and (B, 3) float64: live steps, the sums of A and A^2 over them.
 
-    The sums are not formed without `moments`. One tensor for both: two of a megabyte each go back to the system when
+    The sums are 0 without `moments`. One tensor for both: two of a megabyte each go back to the system when
     they are freed, and the page faults of the next call take longer than the rest of it.
     """
     # named, not passed inline: a converted copy must live until the kernel has read it
@@ -28,7 +28,7 @@ def gae(
     dones = None if dones is None else dones.contiguous()
     bootstrap = None if bootstrap is None else bootstrap.float().contiguous()
     results = torch.empty((2, *rewards.shape))
-    sums = torch.empty(len(rewards), 3, dtype=torch.float64)
+    sums = torch.zeros(len(rewards), 3, dtype=torch.float64)
     _cpu.gae(
         isa(),
         rewards.data_ptr(),
