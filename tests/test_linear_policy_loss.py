@@ -1,4 +1,4 @@
-"""linear_policy_loss against the papers' formulas on the logits in float64: frozen, trained, chunked, packed; passes."""
+"""linear_policy_loss against the papers' formulas on fp64 logits: frozen, trained, chunked, packed; passes."""
 
 import pytest
 import torch
@@ -132,7 +132,7 @@ def test_nothing_live_is_zero_not_nan(trained, workspace):
 
 
 def test_refuses_in_its_own_name():
-    args, batch, _ = batch_of("one chunk")
+    args, _batch, _ = batch_of("one chunk")
     with pytest.raises(ValueError, match=r"^linear_policy_loss: advantages must be \(5,\), one a sequence, or"):
         linear_policy_loss(**args, advantages=torch.ones(4))
     with pytest.raises(TypeError, match=r"^linear_policy_loss: 'beta' is no option of ppo"):

@@ -96,7 +96,7 @@ def filled():
 
 
 def our_options(name):
-    kind, theirs, own = BOTH[name]
+    _kind, theirs, own = BOTH[name]
     loss_type = name.split(",")[0]
     shared = {key.replace("epsilon_low", "epsilon"): value for key, value in theirs.items()}
     if loss_type in ("gspo", "luspo"):
