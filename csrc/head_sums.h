@@ -108,8 +108,8 @@ void add_rows(const Scoring& s, const Tokens& tokens, int64_t t, const float* c,
     max_d = larger(other, d, max_d);
     if (stored) {
       vfloat f = e;
-      if (s.c0) f = f * (c0 + live_d * c1);
-      if constexpr (LOGITS == kCapped) f = f * slope;
+      if (s.c0) f = keep(live, f * (c0 + live_d * c1));
+      if constexpr (LOGITS == kCapped) f = keep(live, f * slope);
       store_chunk(stored + (first_v + v) * s.stride + t, f);
     }
     if (v % FLUSH == FLUSH - 1 || v == rows - 1)
