@@ -61,11 +61,16 @@ def test_gradients(case, names, trained):
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("below", [5.0, 10.0, 15.0, 20.0])
 @pytest.mark.parametrize("backend", ["selective", *BACKENDS])
-def test_entropy_gradient_of_a_confident_row(backend, below, label):
-    """Shrunk from test_gradients: log p + Hent of the likely token cancels, and eager's error is a few roundings."""
+def test_entropy_gradient_of_a_confident_row(backend, below, label, request):
+    """Shrunk from test_gradients: log p + Hent of the likely token cancels, and eager's error is a few roundings.
+
+    The head anchors at the label: of an unlikely one, log p + Hent of the likely token is d - mean_d, each near 15.
+    """
     tensors = {"hidden": torch.tensor([[0.0, below]]), "weight": torch.eye(2), "targets": torch.tensor([label])}
     case, grads = Case(tensors, PLAIN, {"backend": backend}), {"entropy": torch.ones(1)}
     if backend != "selective":
+        if label == 0 and below >= 15:
+            request.applymarker(pytest.mark.xfail(strict=True, reason="off by a rounding of d, not of log p + Hent"))
         return assert_gradients(case, differentiate(case, grads)[1], grads)
     logits = case.leaves()["hidden"]
     entropy = selective_logps(logits, tensors["targets"], outputs=("entropy",)).entropy

@@ -120,6 +120,7 @@ class Scores(NamedTuple):
     anchor: Tensor
     label_d: Tensor  # z_y - anchor
     rest: Tensor  # S'
+    mean_d: Tensor  # sum_v p_v d_v = log S - entropy
     logps: Tensor
     entropy: Tensor
     log_sum_sq_probs: Tensor
@@ -203,6 +204,7 @@ def score(
         anchor=anchor,
         label_d=label_d.to(dtype),
         rest=sums.exp.to(dtype),
+        mean_d=((sums.exp_d + torch.where(e_y > 0, e_y * label_d, 0.0)) / total).to(dtype),
         logps=torch.where(near, 0.0 - torch.log1p(rest), label_d - total.log()).to(dtype),
         entropy=entropy.clamp(min=0).to(dtype),
         log_sum_sq_probs=((sums.exp_sq + e_y * e_y).log() - 2 * total.log()).to(dtype),

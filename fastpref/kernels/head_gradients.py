@@ -229,10 +229,10 @@ def _part(kernels: Kernels, problem: Problem, index: Tensor, scores: Scores, ups
     scale = rows.inv_temperature * problem.head.logit_scale
     label, factor, coefs = g * scores.rest / total, -scale * g / total, None
     if h is not None:
-        # p log p -> 0 where the label is far below
-        log_p = scores.logps.clamp(min=-200.0)
-        label = label - h * (scores.label_d.exp() / total) * (log_p + scores.entropy)
-        factor, coefs = -scale / total, (g + h * (scores.entropy - total.log()), h)
+        # log p + entropy = d - mean_d, whose parts do not cancel in a confident row; p d -> 0 for a label far below
+        label_d = scores.label_d.clamp(min=-200.0)
+        label = label - h * (label_d.exp() / total) * (label_d - scores.mean_d)
+        factor, coefs = -scale / total, (g - h * scores.mean_d, h)
     return _Part(index, scores, factor.to(total.dtype), (label * slope.to(total.dtype) * scale).to(total.dtype), coefs)
 
 

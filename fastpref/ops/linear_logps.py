@@ -159,7 +159,7 @@ def _op(
     unit_d_hidden: bool,
     keep_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps, the extra outputs, and what a backward needs: a state (3, M), dlogp/dhidden (M, H), the stored chunk.
+    """logps, the extra outputs, and what a backward needs: a state (4, M), dlogp/dhidden (M, H), the stored chunk.
 
     The last two are empty unless asked for: dlogp/dhidden by unit_d_hidden (the head is frozen), the chunk by
     keep_rows (it holds all rows).
@@ -171,7 +171,7 @@ def _op(
     dtype = driver.accumulator(hidden.dtype)
     out = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
     top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
-    state = hidden.new_zeros((3, targets.numel()), dtype=dtype)
+    state = hidden.new_zeros((4, targets.numel()), dtype=dtype)
     unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
     kept = huge_pages(run.new_chunk(keep_rows, weight, hidden.dtype)) if keep_rows else hidden.new_empty(0)
     vocab_size, hidden_size = weight.shape
@@ -184,7 +184,7 @@ def _op(
         if unit_d_hidden:
             chunk = huge_pages(run.new_chunk(part.numel(), weight, hidden.dtype))
         scores = driver.score(run, head, rows_here, chunk)
-        state[:, part] = torch.stack((scores.anchor, scores.label_d, scores.rest))
+        state[:, part] = torch.stack((scores.anchor, scores.label_d, scores.rest, scores.mean_d))
         for full, name in zip((*out, top1), ("logps", *_head.OUTPUTS), strict=True):
             full[part] = getattr(scores, name)
         if unit_d_hidden and chunk is not None:
@@ -202,7 +202,7 @@ def _(fn: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
     dtype = driver.accumulator(hidden.dtype)
     out = [hidden.new_empty(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
     top1 = hidden.new_empty(targets.shape, dtype=torch.bool)
-    state = hidden.new_empty((3, targets.shape[0]), dtype=dtype)
+    state = hidden.new_empty((4, targets.shape[0]), dtype=dtype)
     unit = hidden.new_empty((targets.shape[0] if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
     run = kernels.choose("head", hidden.device.type, backend)
     return *out, top1, state, unit, run.new_chunk(keep_rows, weight, hidden.dtype) if keep_rows else hidden.new_empty(0)
@@ -290,9 +290,9 @@ def _backward_op(
     head = driver.Head(weight, bias, softcap, logit_scale, workspace, deterministic)
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
     index = (targets != ignore_index).nonzero()[:, 0]
-    anchor, label_d, rest = state[:, index]
+    anchor, label_d, rest, mean_d = state[:, index]
     unused = logps.new_empty(0).expand(index.numel(), 0)
-    scores = driver.Scores(anchor, label_d, rest, logps[index], entropy[index], unused, unused, unused)
+    scores = driver.Scores(anchor, label_d, rest, mean_d, logps[index], entropy[index], unused, unused, unused)
     upstream = Upstream(grad_logps[index], None if grad_entropy is None else grad_entropy[index])
     found = Gradients.zeros(problem, wanted, once=True)
     add_gradients(run, problem, index, scores, upstream, found, chunk)

@@ -97,7 +97,8 @@ def _score_blocks(
     coefs: tuple[Tensor, Tensor] | None,
 ) -> Sums:
     """`score`, its rows in blocks of one size, the last one padded with copies of the last row."""
-    n, plain, parts = x.shape[0], head._replace(deterministic=False, workspace=BLOCK_WORKSPACE), []
+    n, plain = x.shape[0], head._replace(deterministic=False, workspace=BLOCK_WORKSPACE)
+    parts = [x.new_zeros((len(Sums._fields), 0), dtype=torch.float64)]
     for first in range(0, n, BLOCK):
         index = torch.arange(first, first + BLOCK, device=x.device).clamp(max=n - 1)
         block = None if chunk is None else new_chunk(BLOCK, head.weight, x.dtype)
