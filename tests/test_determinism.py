@@ -135,7 +135,7 @@ def child(pipe, threads: int, inputs) -> None:
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="PyTorch's own threads do not survive a fork")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1])  # with more, PyTorch's own operators hang, index_add_ among them
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child(threads, threads_are_put_back):
     """As a worker of a data loader: the parent has used its threads, the child has none of them."""

@@ -59,6 +59,10 @@ def fuzz_cpu(tmp_path_factory) -> Path:
                 jobs[f"{source.stem}_{name}.o"] = [*flags, f"-DFP_ISA={name}", source]
         elif not source.stem.startswith("bind_"):
             jobs[f"{source.stem}.o"] = [*(f"-DFP_HAVE_{name.upper()}" for name in isas), source]
+    if "avx512bf16" in isas:  # what AMX needs beside its tiles, which tests/amx_emu emulates
+        tiles = ["-DFP_ISA=amx_emulated", '-DFP_AMX_INTRINSICS="../tests/amx_emu/amx_emu.h"']
+        jobs["amx_emulated.o"] = [*ISAS["avx512bf16"], *tiles, ROOT / "csrc" / "head_isa.cpp"]
+        jobs["fuzz_head.o"].append("-DFUZZ_AMX_EMULATED")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda job: run(*compile_, *job[1], "-o", folder / job[0]), jobs.items()))
     for result in results:

@@ -38,8 +38,10 @@ class Batch(NamedTuple):
 
 
 @st.composite
-def batches(draw, names=tuple(LOSSES), hows=("batched", "packed", "live only", "rows"), references=REFERENCES):
+def batches(draw, names=tuple(LOSSES), hows=("batched", "packed", "live only", "rows"), large=False):
     b, t, h, v = draw(st.integers(1, 3)), draw(st.integers(1, 17)), draw(HIDDEN), draw(VOCABULARY)
+    if large:  # several chunks of 1 MiB
+        b, t, v = 4, draw(st.integers(80, 120)), draw(st.integers(900, 1100))
     dtype, seed, name = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 10**6)), draw(st.sampled_from(names))
     ignored, bias = draw(st.sampled_from([0.0, 0.3])), draw(st.booleans())
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +69,7 @@ def batches(draw, names=tuple(LOSSES), hows=("batched", "packed", "live only", "
         "reduction": ["mean", "sum", "none"],
     }.items():
         call[name_] = draw(st.sampled_from(values))
-    reference, ref = draw(st.sampled_from(references)), torch.zeros(2 * b)
+    reference, ref = draw(st.sampled_from(REFERENCES)), torch.zeros(2 * b)
     own = options | {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
     if reference == "sums":
         ref = call["ref_logps"] = (truth(**own)["logps"].sum(1) + upstream(2 * b, seed=seed)).float()
@@ -104,6 +106,17 @@ def losses_and_slopes(batch: Batch, sums: Tensor, given_: Tensor) -> tuple[Tenso
 @given(batches(), st.booleans())
 @examples(400)
 def test_preference_loss(batch, with_bias_frozen):
+    check_loss(batch, with_bias_frozen)
+
+
+@given(batches(large=True), st.booleans())
+@examples(20)
+def test_preference_loss_of_many_chunks(batch, with_bias_frozen):
+    batch.call["workspace"] = MIB
+    check_loss(batch, with_bias_frozen)
+
+
+def check_loss(batch: Batch, with_bias_frozen: bool) -> None:
     case, call, b = batch.case, batch.call, len(batch.ref) // 2
     leaves = {k: call[k].detach().requires_grad_() for k in ("hidden", "weight", "bias") if k in call}
     if with_bias_frozen:

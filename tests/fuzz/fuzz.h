@@ -18,7 +18,7 @@ using namespace fastpref;
 
 void check_head(const std::string& only_isa);
 void check_selective(const std::string& only_isa);
-void check_gae();
+void check_gae_everywhere(const std::string& only_isa);
 
 // what runs: said when a check or a sanitizer, the leak detector at exit included, ends the run
 inline std::string& now = *new std::string("nothing yet");
@@ -58,6 +58,15 @@ inline double decode(const void* data, Dtype dtype, int64_t i) {
   const double size = exponent == 31 ? (mantissa ? NAN : double(kInf))
                                      : std::ldexp(exponent ? 1024 + mantissa : mantissa, std::max(exponent, 1) - 25);
   return half & 0x8000 ? -size : size;
+}
+
+// to the nearest, ties to even
+inline double rounded(double x, Dtype dtype) {
+  if (dtype == kFloat32 || x == 0 || !std::isfinite(x)) return x;
+  const bool is_half = dtype == kFloat16;
+  const int exponent = std::max(std::ilogb(x), is_half ? -14 : -126);
+  const double unit = std::ldexp(1, exponent - (is_half ? 10 : 7)), nearest = std::nearbyint(x / unit) * unit;
+  return std::fabs(nearest) > (is_half ? 65504 : 3.3895313892515355e38) ? std::copysign(double(kInf), x) : nearest;
 }
 
 // towards zero: any value of the dtype will do

@@ -21,7 +21,7 @@ int main(int argc, char** argv) {
     rnd.bits.seed(seed);
     now = "seed " + std::to_string(seed);
     const std::string only_isa = argc > 3 ? argv[3] : "";
-    if (rnd.chance(0.15)) check_gae();
+    if (rnd.chance(0.15)) check_gae_everywhere(only_isa);
     else if (rnd.chance(0.4)) check_selective(only_isa);
     else check_head(only_isa);
   }

@@ -1,18 +1,25 @@
 // csrc/head.h: `score` against plain loops in double, the two products on the chunk that it leaves, and label_dots.
 #include "fuzz.h"
 
+#ifdef FUZZ_AMX_EMULATED  // csrc/head_isa.cpp over tests/amx_emu
+namespace fastpref::amx_emulated { extern const HeadKernels kernels; }
+#endif
+
 struct HeadCase {
   Dtype dtype;
-  int64_t n, h, v, weight_stride, stride;
-  bool wild;
+  int64_t n, h, v, weight_stride, weight_column, stride;
+  bool wild, some_without_label;
   float logit_scale, softcap;
   Buffer hidden, weight, bias, targets, anchor, inv_temperature, c0, c1, scaled;
-  bool has_bias, stores, has_coefs;
+  bool has_bias, stores, has_coefs, weight_fp32;
   std::vector<double> z, z_error, slope;  // (n, v) each: z, what rounding may do to it, 1 - tanh^2
 
   Dtype chunk_dtype() const { return dtype == kFloat32 ? kFloat32 : kBFloat16; }
   double x(int64_t t, int64_t i) const { return decode(hidden.data, dtype, t * h + i); }
-  double w(int64_t y, int64_t i) const { return decode(weight.data, dtype, y * weight_stride + i); }
+  double w(int64_t y, int64_t i) const {
+    return rounded(decode(weight.data, weight_dtype(), y * weight_stride + i * weight_column), dtype);
+  }
+  Dtype weight_dtype() const { return weight_fp32 ? kFloat32 : dtype; }
 
   HeadCase() {
     dtype = static_cast<Dtype>(rnd.whole(0, 2));
@@ -23,9 +30,12 @@ struct HeadCase {
       if (n * h * v > 500'000 && rnd.chance(0.7)) *size = rnd.whole(1, std::min<int64_t>(*size, 17));
     }
     weight_stride = rnd.chance(0.6) ? h : rnd.chance(0.2) ? rnd.whole(0, h) : h + rnd.whole(1, 70);
+    weight_column = rnd.chance(0.8) ? 1 : rnd.whole(0, 3);
+    if (rnd.chance(0.1)) weight_stride = 1, weight_column = v;
+    weight_fp32 = dtype != kFloat32 && rnd.chance(0.3);
     stride = (n + kTokenPad - 1) / kTokenPad * kTokenPad;
     if (rnd.chance(0.2)) stride += kTokenPad * rnd.whole(1, 3);
-    wild = rnd.chance(0.3);
+    wild = rnd.chance(0.3), some_without_label = rnd.chance(0.2);
     has_bias = rnd.chance(0.5), stores = rnd.chance(0.7), has_coefs = stores && rnd.chance(0.5);
     logit_scale = rnd.chance(0.5) ? 1.f : float(rnd.between(-1.5, 1.5));
     softcap = rnd.chance(0.6) ? 0.f : float(rnd.between(0.5, 40));
@@ -35,7 +45,7 @@ struct HeadCase {
       return [=] { return rnd.chance(odd) ? kWild[rnd.whole(0, 12)] : rnd.chance(0.02) ? 0.f : float(rnd.normal() * size); };
     };
     hidden = floats(n * h, dtype, of_size(1));
-    weight = floats((v - 1) * weight_stride + h, dtype, of_size(spread));
+    weight = floats((v - 1) * weight_stride + (h - 1) * weight_column + 1, weight_dtype(), of_size(spread));
     bias = floats(v, kFloat32, of_size(2));
     c0 = floats(n, kFloat32, of_size(1));
     c1 = floats(n, kFloat32, of_size(1));
@@ -66,11 +76,14 @@ struct HeadCase {
       }
   }
 
+  bool without_label(int64_t t) const { return some_without_label && t % 3 == 1; }
+
   std::string text(const std::string& isa) const {
     char line[300];
-    std::snprintf(line, sizeof line, "%s dtype %d, n %ld, h %ld, v %ld, weight_stride %ld, stride %ld, scale %g, softcap %g%s%s%s%s",
-                  isa.c_str(), int(dtype), long(n), long(h), long(v), long(weight_stride), long(stride), logit_scale, softcap,
-                  wild ? ", wild" : "", has_bias ? ", bias" : "", stores ? ", stored" : "", has_coefs ? ", coefs" : "");
+    std::snprintf(line, sizeof line,
+                  "%s dtype %d, n %ld, h %ld, v %ld, weight strides %ld and %ld, stride %ld, scale %g, softcap %g%s%s%s%s%s",
+                  isa.c_str(), int(dtype), long(n), long(h), long(v), long(weight_stride), long(weight_column), long(stride),
+                  logit_scale, softcap, weight_fp32 ? ", fp32 weight" : "", wild ? ", wild" : "", has_bias ? ", bias" : "", stores ? ", stored" : "", has_coefs ? ", coefs" : "");
     return line;
   }
 };
@@ -79,31 +92,32 @@ struct Scored {
   Buffer sums, stored;
 };
 
-static Scored score(const HeadCase& c, const HeadKernels& kernels, int64_t first, int64_t n, int64_t stride, int threads) {
+static Scored score(const HeadCase& c, const HeadKernels& kernels, const Buffer& targets, int64_t first, int64_t n, int64_t stride,
+                    int threads) {
   const int64_t width = c.dtype == kFloat32 ? 4 : 2;
   // a copy of the rows in a buffer of their own, for a call that may read no other
   Buffer hidden = c.hidden.copy(first * c.h * width, n * c.h * width, width, rnd.bits);
   Scored out{Buffer(kSums * n * 8, 8, rnd.bits), Buffer(c.stores ? c.v * stride * width : 0, width, rnd.bits)};
   out.sums.poison(), out.stored.poison();
   auto row = [&](const Buffer& x) { return x.as<float>() + first; };
-  kernels.score({hidden.data, c.weight.data, c.has_bias ? c.bias.as<float>() : nullptr, c.targets.as<int64_t>() + first,
+  kernels.score({hidden.data, c.weight.data, c.has_bias ? c.bias.as<float>() : nullptr, targets.as<int64_t>() + first,
                  row(c.anchor), row(c.inv_temperature), c.has_coefs ? row(c.c0) : nullptr, c.has_coefs ? row(c.c1) : nullptr,
                  out.sums.as<double>(), c.stores ? out.stored.data : nullptr, n, c.h, c.v, c.weight_stride, c.stores ? stride : 0,
-                 c.logit_scale, c.softcap},
+                 c.logit_scale, c.softcap, c.weight_column, c.weight_fp32},
                 c.dtype, threads);
   if (out.sums.has_poison(8)) fail("score left a sum unwritten");
   if (out.stored.has_poison(width)) fail("score left an entry of the chunk unwritten");
   return out;
 }
 
-static void check_sums(const HeadCase& c, const Scored& out) {
+static void check_sums(const HeadCase& c, const Buffer& targets, const Scored& out) {
   for (int64_t t = 0; t < c.n; ++t) {
     double want[kSums] = {0, 0, 0, 0, -double(kInf)}, error[kSums] = {};
     for (int64_t y = 0; y < c.v; ++y) {
       const double z = c.z[t * c.v + y], d = z - c.anchor.as<float>()[t];
       const double off = c.z_error[t * c.v + y] + kEps * (std::fabs(z) + std::fabs(d));
       want[kSumZ] += z, error[kSumZ] += off + 8 * kEps * std::fabs(z);
-      const bool label = y == c.targets.as<int64_t>()[t];
+      const bool label = y == targets.as<int64_t>()[t];
       const double e = label ? 0 : std::exp(d), e_error = e * (off + 24 * kEps) + (label ? 0 : 1e-37);
       if (!label) {
         want[kSumExp] += e, error[kSumExp] += e_error;
@@ -120,29 +134,43 @@ static void check_sums(const HeadCase& c, const Scored& out) {
     }
     static const char* const kNames[kSums] = {"sum e", "sum e d", "sum e^2", "sum z", "max d"};
     for (int k = 0; k < kSums; ++k) {
-      if (c.v == 1 && k == kMaxD) continue;  // the maximum of nothing
+      if (std::isinf(want[k])) continue;  // the maximum of nothing
       expect_near(out.sums.as<double>()[k * c.n + t], want[k], error[k] + 1e-30, kNames[k], t, k);
     }
   }
 }
 
+// A NaN is never lost: where a term of the sum is one, so is the sum.
+static void check_nan(const HeadCase& c, const Buffer& targets, const Scored& out) {
+  for (int64_t t = 0; t < c.n; ++t) {
+    bool expected = false;
+    for (int64_t y = 0; y < c.v; ++y)
+      expected |= y != targets.as<int64_t>()[t] && std::isnan(c.z[t * c.v + y] - c.anchor.as<float>()[t]);
+    if (expected && !std::isnan(out.sums.as<double>()[kSumExp * c.n + t])) fail("a NaN is lost in row " + std::to_string(t));
+  }
+}
+
 static void check_score(const HeadCase& c, const HeadKernels& kernels, Buffer& stored) {
-  Scored out = score(c, kernels, 0, c.n, c.stride, 1);
+  Buffer targets = c.targets.copy(0, c.targets.bytes, 8, rnd.bits);
+  for (int64_t t = 0; t < c.n; ++t)
+    if (c.without_label(t)) targets.as<int64_t>()[t] = -1;
+  Scored out = score(c, kernels, targets, 0, c.n, c.stride, 1);
   for (int64_t y = 0; c.stores && y < c.v; ++y)
     for (int64_t t = c.n; t < c.stride; ++t)
       expect_near(decode(out.stored.data, c.chunk_dtype(), y * c.stride + t), 0, 0, "stored past n", y, t);
-  const Scored again = score(c, kernels, 0, c.n, c.stride, int(rnd.whole(2, 3)));
+  const Scored again = score(c, kernels, targets, 0, c.n, c.stride, int(rnd.whole(2, 3)));
   if (!same(out.sums, again.sums, c.dtype, true)) fail("other sums from other threads");
   if (!same(out.stored, again.stored, c.chunk_dtype())) fail("another chunk from other threads");
   if (c.n) {
     const int64_t first = rnd.whole(0, c.n - 1), few = rnd.whole(1, c.n - first);
-    const Scored part = score(c, kernels, first, few, (few + kTokenPad - 1) / kTokenPad * kTokenPad, 2);
+    const Scored part = score(c, kernels, targets, first, few, (few + kTokenPad - 1) / kTokenPad * kTokenPad, 2);
     for (int64_t k = 0; k < kSums; ++k) {
       const Buffer whole = out.sums.copy((k * c.n + first) * 8, few * 8, 8, rnd.bits);
       if (!same(whole, part.sums.copy(k * few * 8, few * 8, 8, rnd.bits), c.dtype, true)) fail("rows depend on the other rows");
     }
   }
-  if (!c.wild) check_sums(c, out);
+  if (c.wild) check_nan(c, targets, out);
+  else check_sums(c, targets, out);
   stored = std::move(out.stored);
 }
 
@@ -154,8 +182,9 @@ static void check_products(const HeadCase& c, const HeadKernels& kernels, const 
     const int threads = run ? int(rnd.whole(2, 3)) : 1;
     Buffer& d_hidden = results[run][0] = Buffer(c.n * c.h * 4, 4, rnd.bits);
     d_hidden.poison();
-    kernels.d_hidden({stored.data, c.weight.data, d_hidden.as<float>(), c.n, c.h, c.v, c.weight_stride, c.stride, false}, c.dtype,
-                     threads);
+    kernels.d_hidden({stored.data, c.weight.data, d_hidden.as<float>(), c.n, c.h, c.v, c.weight_stride, c.stride, false,
+                      c.weight_column, c.weight_fp32},
+                     c.dtype, threads);
     if (d_hidden.has_poison(4)) fail("d_hidden left an entry unwritten");
 
     Buffer& d_weight = results[run][1] = Buffer(c.v * c.h * 4, 4, rnd.bits);
@@ -193,8 +222,10 @@ static void check_products(const HeadCase& c, const HeadKernels& kernels, const 
 static void check_label_dots(const HeadCase& c) {
   Buffer out(8 * c.n, 8, rnd.bits), again(8 * c.n, 8, rnd.bits);
   out.poison();
-  label_dots(c.hidden.data, c.weight.data, c.targets.as<int64_t>(), out.as<double>(), c.n, c.h, c.weight_stride, c.dtype, 1);
-  label_dots(c.hidden.data, c.weight.data, c.targets.as<int64_t>(), again.as<double>(), c.n, c.h, c.weight_stride, c.dtype, 3);
+  label_dots(c.hidden.data, c.weight.data, c.targets.as<int64_t>(), out.as<double>(), c.n, c.h, c.weight_stride, c.dtype, 1,
+             c.weight_column, c.weight_fp32);
+  label_dots(c.hidden.data, c.weight.data, c.targets.as<int64_t>(), again.as<double>(), c.n, c.h, c.weight_stride, c.dtype, 3,
+             c.weight_column, c.weight_fp32);
   if (out.has_poison(8)) fail("label_dots left a row unwritten");
   if (!same(out, again, c.dtype, true)) fail("other dots from other threads");
   for (int64_t t = 0; t < c.n && !c.wild; ++t) {
@@ -207,17 +238,27 @@ static void check_label_dots(const HeadCase& c) {
   }
 }
 
+static std::vector<std::pair<std::string, const HeadKernels*>> head_kernels_of_this_processor() {
+  std::vector<std::pair<std::string, const HeadKernels*>> found;
+  for (const std::string& isa : head_isas()) found.emplace_back(isa, &head_kernels(isa));
+#ifdef FUZZ_AMX_EMULATED
+  // it has AVX512-BF16's instructions beside the emulated ones
+  if (found.front().first == "avx512bf16") found.emplace_back("amx_emulated", &amx_emulated::kernels);
+#endif
+  return found;
+}
+
 void check_head(const std::string& only) {
   const HeadCase c;
   const std::string seed = now;
   now = seed + ": " + c.text("label_dots");
   check_label_dots(c);
-  for (const std::string& isa : head_isas()) {
+  for (const auto& [isa, kernels] : head_kernels_of_this_processor()) {
     if (!only.empty() && isa != only) continue;
     now = seed + ": " + c.text(isa);
     Buffer stored;
-    check_score(c, head_kernels(isa), stored);
-    if (c.stores) check_products(c, head_kernels(isa), stored);
+    check_score(c, *kernels, stored);
+    if (c.stores) check_products(c, *kernels, stored);
   }
   now = seed;
 }

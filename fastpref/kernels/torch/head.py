@@ -8,7 +8,7 @@ With `deterministic` a library GEMM always sees blocks of one size, so a row's b
 import torch
 from torch import Tensor
 
-from fastpref.kernels.head import Head, Sums, accumulator, chunk_dtype
+from fastpref.kernels.head import SMALL_BLOCK, Head, Sums, accumulator, chunk_dtype
 
 # when deterministic: rows of a GEMM, and what its columns are derived from
 BLOCK, BLOCK_WORKSPACE = 64, 32 * 2**20
@@ -22,6 +22,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype == b.dtype and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T; of few columns a library's product would have bits that depend on the place of a row."""
+    columns = weight.shape[0]
+    if columns < SMALL_BLOCK:
+        weight = torch.cat((weight, weight.new_zeros(SMALL_BLOCK - columns, weight.shape[1])))
+    return _product(x, weight.T)[:, :columns]
 
 
 def _slabs(n: int, vocab_size: int, slab_bytes: int = 2 * 2**20) -> list[slice]:
@@ -59,7 +67,7 @@ def score(
     sums = torch.zeros(len(Sums._fields), n, dtype=torch.float64, device=x.device)
     sums[4] = -torch.inf
     for slab in _slabs(n, weight.shape[0], head.slab_bytes):
-        z = _product(x, weight[slab].to(x.dtype).T)
+        z = _logits(x, weight[slab].to(x.dtype))
         if head.bias is not None:
             z += head.bias[slab]
         z *= head.logit_scale
