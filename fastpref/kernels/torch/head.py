@@ -24,10 +24,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T; of few columns a library's product would have bits that depend on the place of a row."""
+def _logits(x: Tensor, weight: Tensor, *, few: bool) -> Tensor:
+    """x @ weight.T; of a few columns a library's product would have bits that depend on the place of a row."""
     columns = weight.shape[0]
-    if columns < SMALL_BLOCK:
+    if few:
         weight = torch.cat((weight, weight.new_zeros(SMALL_BLOCK - columns, weight.shape[1])))
     return _product(x, weight.T)[:, :columns]
 
@@ -67,7 +67,7 @@ def score(
     sums = torch.zeros(len(Sums._fields), n, dtype=torch.float64, device=x.device)
     sums[4] = -torch.inf
     for slab in _slabs(n, weight.shape[0], head.slab_bytes):
-        z = _logits(x, weight[slab].to(x.dtype))
+        z = _logits(x, weight[slab].to(x.dtype), few=weight.shape[0] < SMALL_BLOCK)
         if head.bias is not None:
             z += head.bias[slab]
         z *= head.logit_scale
