@@ -378,8 +378,9 @@ def test_autocast(stored, dtype, backend):
     with torch.autocast("cpu", dtype):
         values, gradients = run(linear_logps, args, grads=grads, backend=backend)
     cast = {k: x.to(dtype) if x.is_floating_point() else x for k, x in args.items()}
-    want = run(linear_logps, cast, backend=backend)[0]
+    want, d_want = run(linear_logps, cast, grads=grads, backend=backend)
     assert_same_bits(values["logps"], want["logps"])
+    assert_same_bits(gradients["hidden"], d_want["hidden"].to(stored))  # the weight was read in the same dtype
     d_truth = run(truth, cast, grads=grads, dtype=torch.float64)[1]
     for name in gradients:
         assert gradients[name].dtype == stored

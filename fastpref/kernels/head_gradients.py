@@ -277,7 +277,7 @@ def _add_label_to_hidden(problem: Problem, part: _Part, out: Gradients) -> None:
 
 def _add_d_hidden(kernels: Kernels, problem: Problem, part: _Part, f: Tensor, weight: Tensor, out: Gradients) -> None:
     if out.hidden is not None:
-        d_rows = kernels.d_hidden(f, part.index.numel(), weight).mul_(part.factor[:, None])
+        d_rows = kernels.d_hidden(f, part.index.numel(), weight, problem.hidden.dtype).mul_(part.factor[:, None])
         out.hidden.index_add_(0, problem.row(part.index), d_rows)
 
 

@@ -86,10 +86,8 @@ def score(
     return Sums(*sums)
 
 
-def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(n, H) fp32: F W, with the weight read in `dtype`, that of hidden; bf16 if None is given for an fp32 weight."""
-    if dtype is None:
-        dtype = chunk.dtype if _is_wider(weight, chunk.dtype) else weight.dtype
+def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, H) fp32: F W."""
     vocab_size, hidden_size = weight.shape
     out = torch.empty(n, hidden_size)
     _cpu.head_d_hidden(

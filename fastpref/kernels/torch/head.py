@@ -119,11 +119,11 @@ def _score_blocks(
     return Sums(*torch.cat(parts, 1))
 
 
-def d_hidden(chunk: Tensor, n: int, weight: Tensor) -> Tensor:
+def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, H): F W, in the accumulator's precision."""
     out = torch.zeros(n, weight.shape[1], dtype=accumulator(chunk.dtype), device=weight.device)
     for slab in _slabs(max(n, weight.shape[1]), weight.shape[0]):
-        out += _product(chunk[:n, slab], weight[slab].to(chunk.dtype))
+        out += _product(chunk[:n, slab], weight[slab].to(dtype).to(chunk.dtype))
     return out
 
 
