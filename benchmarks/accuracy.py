@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     peers = [name for name in CONTENDERS if name not in SAME]
     parser.add_argument("--peers", nargs="+", choices=peers, default=peers)
-    parser.add_argument("--tokens", type=int, default=2 * SUM)
+    parser.add_argument("--tokens", type=int, default=8 * SUM)
     parser.add_argument("--shape", type=Shape.parse, default=Shape(576, 49_152), help="of peaked")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)

@@ -4,8 +4,8 @@
 //   score     C[v, t] = sum_h W[v, h] X[t, h]     rows read in place, X packed once
 //   d_weight  C[v, h] = sum_t F[v, t] X'[t, h]    rows read in place, X' packed once
 //   d_hidden  C[t, h] = sum_v F[v, t] W[v, h]     both packed, a block of V at a time
-// Accumulators start afresh every KC of K, so that fp32 rounding does not grow with H. What is not summed in registers
-// is summed in a fixed order: same bits every run.
+// Accumulators start afresh every KC of K (logits of fp32 inputs: KC_FP32), so that fp32 rounding does not grow with H.
+// What is not summed in registers is summed in a fixed order: same bits every run.
 #include "head.h"
 
 #ifdef _OPENMP
@@ -45,7 +45,7 @@ template <class Op, class X, class W, class T>
 void score(const Scoring& s, int threads) {
   static_assert(MC % Op::MR == 0, "blocks must nest");
   typedef typename Op::Operand Operand;
-  constexpr int64_t MR = Op::MR, NR = Op::NR, KB = KC / Op::K;
+  constexpr int64_t MR = Op::MR, NR = Op::NR, KB = Op::K == 1 ? KC_FP32 : KC / Op::K;
   const int64_t n = s.n, H = s.hidden_size, V = s.vocab_size, padded = round_up(n, NR), steps = operands<Op>(H);
   const int64_t panels = padded / NR, blocks = (V + kVocabBlock - 1) / kVocabBlock;
   Scratch<Operand> x(panels * steps * NR);

@@ -11,6 +11,7 @@ namespace FP_ISA {
 namespace {
 
 constexpr int64_t KC = 256;  // of K between two fresh accumulators
+constexpr int64_t KC_FP32 = 64;  // the same of logits of fp32 inputs, which the products' own rounding would dominate
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
