@@ -48,7 +48,7 @@ class LogProbs:
             weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
         if not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        options: dict[str, Any] = {"bias": bias, "temperature": 1.0}
+        options: dict[str, Any] = {"bias": bias, "temperature": temperature}
         flat = _head.flatten("trl", hidden, weight, targets, softcap=softcap, logit_scale=logit_scale, **options)
         # entropy=False: mostly it is only logged, and with a frozen head the log-probs' gradient then costs a pass less
         found = token_outputs("trl", flat, entropy=False)
