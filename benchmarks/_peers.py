@@ -15,7 +15,7 @@ from _inputs import IGNORE, Batch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpref import linear_logps, linear_preference_loss
+from fastpref import linear_logps, linear_policy_loss, linear_preference_loss
 
 BETA = 0.1
 CLIP = 0.2
@@ -69,7 +69,12 @@ def _fastpref() -> Contender:
         options: dict[str, Any] = {"ref_hidden": batch.ref_hidden, "ref_weight": batch.ref_weight, "beta": BETA}
         return linear_preference_loss(batch.hidden, batch.weight, batch.targets, **options).loss
 
-    return Contender(linear_logps, dpo)
+    def ppo(batch: Batch) -> Tensor:
+        options: dict[str, Any] = {"advantages": batch.advantages, "old_logps": batch.old_logps}
+        options["num_items"] = int((batch.targets != IGNORE).sum())
+        return linear_policy_loss(batch.hidden, batch.weight, batch.targets, **options).loss
+
+    return Contender(linear_logps, dpo, ppo)
 
 
 def naive_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

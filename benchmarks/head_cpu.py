@@ -112,7 +112,7 @@ def fill(table: Table, case: Case, bare_dtype: str, peers: Sequence[str]) -> Non
     """One table: a row for each peer."""
     weight, n = case.inputs.weight, len(case.inputs.live)
     (vocab, hidden), dtype = weight.shape, weight.dtype
-    couples = "pair" if case.loss == "dpo" else "batch"
+    couples = "pair" if case.loss == "dpo" else "token"
     planned = plan(n, hidden, vocab, dtype=dtype, trainable_head=case.trained, couples=couples)
     about: Row = {
         "loss": case.loss,
