@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref import fused_lm_head, linear_logps, linear_preference_loss
-from fastpref.trainer.data import PairCollator, tokenize_pairs
+from fastpref.trainer.collate import collate
+from fastpref.trainer.data import sequences_of, tokenize_pairs
 from fastpref.trainer.demo import demo_model, demo_pairs
 
 COLUMNS = (
@@ -75,7 +76,7 @@ def measure(dtype: torch.dtype, n_pairs: int, rounds: int = 5) -> list[dict[str,
     folder = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pairs, _ = tokenize_pairs(demo_pairs()[0][:n_pairs], tokenizer)
-    batch = PairCollator(tokenizer.pad_token_id)(pairs)
+    batch = collate(sequences_of(pairs), tokenizer.pad_token_id)
     targets = batch.pop("targets")
     model = fused_lm_head(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
     exact = copy.deepcopy(model).double()

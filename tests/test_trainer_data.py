@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastpref.trainer.data import Pair, PairCollator, load_preferences, tokenize_pairs
+from fastpref.trainer.collate import collate
+from fastpref.trainer.data import Pair, load_preferences, sequences_of, tokenize_pairs
 
 ROW = {"prompt": "Is the film good?", "chosen": " Yes, it is good.", "rejected": " No."}
 CHAT = {
@@ -327,7 +328,7 @@ def test_max_length_leaves_room_for_one_prediction(tokenizer, max_length):
 
 
 def test_a_batch_by_hand():
-    batch = PairCollator(pad_token_id=9)([Pair([1, 2, 3], [4, 9], [6]), Pair([7], [8, 5], [2, 3])])
+    batch = collate(sequences_of([Pair([1, 2, 3], [4, 9], [6]), Pair([7], [8, 5], [2, 3])]), pad_token_id=9)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 9], [7, 8, 5, 9, 9], [1, 2, 3, 6, 9], [7, 2, 3, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
     assert batch["targets"].tolist() == [  # a completion's own 9 is a target, padding is not
@@ -346,7 +347,7 @@ def test_targets_are_the_next_tokens_of_completions():
         return [generator.randrange(50) for _ in range(generator.randrange(low, 12))]
 
     pairs = [Pair(some(0), some(2), some(2)) for _ in range(40)]  # an empty prompt among them
-    batch = PairCollator(0)(pairs)
+    batch = collate(sequences_of(pairs), 0)
     for i, ids in enumerate(batch["input_ids"]):
         pair = pairs[i % 40]
         completion = pair.chosen_ids if i < 40 else pair.rejected_ids
@@ -359,7 +360,7 @@ def test_targets_are_the_next_tokens_of_completions():
 
 
 def test_a_collator_refuses():
-    with pytest.raises(ValueError, match="at least one pair"):
-        PairCollator(0)([])
+    with pytest.raises(ValueError, match="at least one"):
+        collate([], 0)
     with pytest.raises(TypeError, match="pad_token_id must be an int; got None"):
-        PairCollator(None)
+        collate([([1], [2])], None)

@@ -1,14 +1,6 @@
 """`fastpref dpo` on a random Llama of 17 thousand parameters: what it learns, resumes, saves and refuses."""
 
 import errno
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -22,45 +14,29 @@ pytest.importorskip("peft")
 import peft
 import transformers
 from accelerate import Accelerator
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import fastpref
 from fastpref.losses.preference import Pairs
-from fastpref.trainer.batches import my_batches, pairs_of_step
-from fastpref.trainer.config import as_command
+from fastpref.trainer.batches import items_of_step, my_batches
 from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
 from fastpref.trainer.dpo import DPOOptions, train
 from fastpref.trainer.metrics import MetricsLog, read_metrics
 from fastpref.trainer.start import split_by_prompt
-
-ROOT = Path(fastpref.__file__).parents[1]
-WORDS = ["<unk>", "<eos>", "<pad>", *"a b c d e f g h good bad film is very the".split()]
+from tests._trainer import (
+    TWO_PROCESSES,
+    WORDS,
+    assert_same_metrics,
+    assert_same_weights,
+    make_tiny,
+    run_command,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder with `model` and `pairs.jsonl`: "good" is preferred to "bad", each after nought to three words."""
     folder = tmp_path_factory.mktemp("tiny")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "model")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(WORDS), **sizes, tie_word_embeddings=True, eos_token_id=1, pad_token_id=2)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder / "model")
-    draw = random.Random(0)
-    rows = [
-        {
-            "prompt": " ".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) + " film is",
-            "chosen": " very" * draw.randint(0, 3) + " good",
-            "rejected": " the" * draw.randint(0, 3) + " bad",
-        }
-        for _ in range(64)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_tiny(folder)
     return folder
 
 
@@ -70,17 +46,6 @@ def options(tiny, output_dir, **given):
     small |= {"logging_steps": 3, "gradient_checkpointing": False}
     sources = {"model_name_or_path": str(tiny / "model"), "dataset_name": str(tiny / "pairs.jsonl")}
     return DPOOptions(**{**small, **sources, "output_dir": str(output_dir), **given})
-
-
-def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-
-
-def assert_same_weights(a, b, **tolerance):
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +112,7 @@ def test_accumulated_batches_are_one_batch(tiny, plain, tmp_path, split):
     train(options(tiny, tmp_path, **split, gradient_accumulation_steps=steps))
     # AdamW turns the rounding of a gradient near 0 into a step of any size up to the learning rate, 3e-3
     assert_same_weights(tmp_path / "model", plain[0] / "model", rtol=0, atol=2e-5)
-    for ours, theirs in zip(*(read_metrics(f / "metrics.jsonl") for f in (tmp_path, plain[0])), strict=True):
-        assert ours == pytest.approx(theirs, abs=2e-4, nan_ok=False)
+    assert_same_metrics(tmp_path, plain[0], abs=2e-4)
 
 
 def test_two_batches_of_one_pair_make_the_step_of_one_batch_of_two(tiny, tmp_path):
@@ -160,30 +124,9 @@ def test_two_batches_of_one_pair_make_the_step_of_one_batch_of_two(tiny, tmp_pat
 
 def test_two_processes_make_the_run_of_one(tiny, plain, tmp_path):
     given = options(tiny, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-    run_command(given, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
+    run_command(given, launcher=TWO_PROCESSES)
     assert_same_weights(tmp_path / "model", plain[0] / "model", rtol=0, atol=2e-5)
-    for ours, theirs in zip(*(read_metrics(f / "metrics.jsonl") for f in (tmp_path, plain[0])), strict=True):
-        assert ours == pytest.approx(theirs, abs=2e-4)
-
-
-def run_command(given, *extra, launcher=(), kill_at=None):
-    """`fastpref dpo` in a process of its own; killed when its metrics reach the step `kill_at`."""
-    words = as_command("dpo", given).split()
-    command = [sys.executable, *launcher, "-m", "fastpref", *words, *extra]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = str(ROOT)
-    with subprocess.Popen(
-        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        metrics = Path(given.output_dir, "metrics.jsonl")
-        while kill_at is not None and process.poll() is None:
-            if metrics.exists() and any(line["step"] >= kill_at for line in read_metrics(metrics)):
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), output
-    return output
+    assert_same_metrics(tmp_path, plain[0], abs=2e-4)
 
 
 def test_killed_and_resumed_is_uninterrupted(tiny, tmp_path, capsys):
@@ -307,7 +250,7 @@ def test_weights_in_bfloat16(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"beta": 0.0}, "beta must be above 0; got 0.0"),
+        ({"beta": 0.0}, "dpo: beta must be > 0 and finite; got 0.0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be 0 or more; got -1.0"),
         ({"max_steps": -1, "num_train_epochs": 0.0}, "num_train_epochs must be above 0"),
@@ -323,7 +266,7 @@ def test_options_are_checked_before_anything_runs(given, message):
     ("given", "message"),
     [
         ({"per_device_train_batch_size": 49}, "48 training pairs do not fill one optimizer step of 49 pairs"),
-        ({"test_split_size": 64}, "64 held-out pairs leave nothing to train on"),
+        ({"test_split_size": 64}, "64 held-out examples leave nothing to train on"),
         ({"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
         ({"report_to": "wandb"}, "report_to wandb needs: pip install wandb"),
     ],
@@ -344,7 +287,7 @@ def test_metrics_say_what_json_cannot_and_a_full_disk(tmp_path):
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    epochs = [[pairs_of_step(step, 10, 3, seed=s) for step in range(1, 7)] for s in (1, 1, 2)]
+    epochs = [[items_of_step(step, 10, 3, seed=s) for step in range(1, 7)] for s in (1, 1, 2)]
     assert epochs[0] == epochs[1] != epochs[2]
     first, second = ([i for step in epochs[0][at : at + 3] for i in step] for at in (0, 3))
     assert first != second

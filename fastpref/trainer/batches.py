@@ -1,22 +1,23 @@
-"""Which pairs when: the order of training is a function of seed and epoch, and each process takes its share."""
+"""Which examples when: the order of training is a function of seed and epoch, and each process takes its share."""
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastpref.trainer.data import Pair
+from fastpref.trainer.metrics import Sums, Tally
 
 
-def pairs_of_step(step: int, n_pairs: int, per_step: int, seed: int) -> list[int]:
-    """The pairs of optimizer step 1, 2, ... An epoch is a permutation, and ends with its last full step."""
-    epoch, place = divmod(step - 1, n_pairs // per_step)
-    return _permutation(n_pairs, seed, epoch)[place * per_step : (place + 1) * per_step]
+def items_of_step(step: int, n_items: int, per_step: int, seed: int) -> list[int]:
+    """The items of optimizer step 1, 2, ... An epoch is a permutation, and ends with its last full step."""
+    epoch, place = divmod(step - 1, n_items // per_step)
+    return _permutation(n_items, seed, epoch)[place * per_step : (place + 1) * per_step]
 
 
 @lru_cache(maxsize=1)
@@ -24,38 +25,42 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 
-def my_batches(accelerator: Accelerator, indices: list[int], size: int) -> Iterator[tuple[list[int], bool]]:
-    """(a batch of this process, whether it is its last) of the pairs of a step."""
+def my_batches(accelerator: Accelerator, indices: Sequence[int], size: int) -> Iterator[tuple[list[int], bool]]:
+    """(a batch of this process, whether it is its last) of the items of a step."""
     stride = size * accelerator.num_processes
     for first in range(accelerator.process_index * size, len(indices), stride):
-        yield indices[first : first + size], first + stride >= len(indices)
+        yield list(indices[first : first + size]), first + stride >= len(indices)
 
 
-def logps_of_all(
+def of_all(
     accelerator: Accelerator,
-    pairs: list[Pair],
+    items: Sequence[Any],
     indices: Iterable[int],
     size: int,
-    logps: Callable[[list[Pair], list[int]], Tensor],
+    score: Callable[[list[int], Tally], Tensor],
     label: str,
-) -> Tensor:
-    """(pairs, 2) of logps(batch, its indices) (B, 2) for the pairs at `indices`, NaN elsewhere; on the CPU.
+) -> tuple[Tensor, Sums]:
+    """((items, ...) of score(batch of indices, tally) (B, ...), NaN at other items, on the CPU; the tally's sums).
 
-    Each process does its share; pairs of like length go together, which saves padding.
+    Each process does its share; items of like length go together, which saves padding.
+    items: with n_tokens each.
     """
-    order = sorted(indices, key=lambda i: length(pairs[i]))
+    order = sorted(indices, key=lambda i: items[i].n_tokens)
     batches = [order[first : first + size] for first in range(0, len(order), size)]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    found = torch.zeros(len(pairs), 2, device=accelerator.device)
+    # under FSDP every process must call the model equally often: some do a batch again, and it does not count
+    rounds = math.ceil(len(batches) / accelerator.num_processes)
+    tally, found = Tally(), torch.zeros(0)
     hidden = None if accelerator.is_main_process else True  # None: shown on a terminal only
-    for batch in tqdm(mine, desc=label, unit="batch", leave=False, disable=hidden):
-        found[batch] = logps([pairs[i] for i in batch], batch)
-    everyone = accelerator.reduce(found, "sum").cpu()
+    for i in tqdm(range(rounds), desc=label, unit="batch", leave=False, disable=hidden):
+        place = i * accelerator.num_processes + accelerator.process_index
+        counts = place < len(batches)
+        batch = batches[place if counts else 0]
+        values = score(batch, tally if counts else Tally()).float()
+        if not i:
+            found = values.new_zeros(len(items), *values.shape[1:])
+        if counts:
+            found[batch] = values
+    everyone = accelerator.reduce(found, "sum").cpu() if batches else found.new_zeros(len(items))
     result = torch.full_like(everyone, math.nan)
     result[order] = everyone[order]
-    return result
-
-
-def length(pair: Pair) -> int:
-    """Tokens of a pair as a model reads it: the prompt counts twice."""
-    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+    return result, tally.reduced()

@@ -10,10 +10,12 @@ import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+TRAIN = ("transformers", "accelerate", "datasets", "peft", "matplotlib", "tqdm", "yaml")
 COMMANDS = {  # name: module, what it needs beyond fastpref's own requirements, one line
+    "sft": ("fastpref.trainer.sft", TRAIN, "teach a model to answer as examples do; without options, a demo"),
     "dpo": (
         "fastpref.trainer.dpo",
-        ("transformers", "accelerate", "datasets", "peft", "matplotlib", "tqdm", "yaml"),
+        TRAIN,
         "tune a model on preference pairs (DPO and its relatives); without options, a demo",
     ),
     "plan": ("fastpref.trainer.plan_table", (), "what the head of a model costs: passes, FLOPs, memory, beside peers"),

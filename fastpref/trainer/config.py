@@ -47,7 +47,7 @@ def given_options(options: type, argv: Sequence[str], *, prog: str, description:
     parser.add_argument(
         "--config", metavar="FILE", type=Path, help="a YAML file of these options; this line overrides it"
     )
-    kinds = typing.get_type_hints(options)
+    kinds = _kinds(options)
     for field in dataclasses.fields(options):
         _add_argument(parser, field, kinds[field.name])
     # --learning-rate is --learning_rate, as in the transformers command lines
@@ -78,11 +78,17 @@ def read_yaml(options: type, path: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: wanted one `option: value` a line; got {type(found).__name__}")
-    kinds = typing.get_type_hints(options)
+    kinds = _kinds(options)
     for name in found:
         if name not in kinds:
             raise ValueError(f"{path}: {_unknown(str(name), kinds)}")
     return {name: convert(name, value, kinds[name]) for name, value in found.items()}
+
+
+def _kinds(options: type) -> dict[str, Any]:
+    """The type of each field; hints alone would name class variables too."""
+    hints = typing.get_type_hints(options)
+    return {field.name: hints[field.name] for field in dataclasses.fields(options)}
 
 
 def as_command(prog: str, options: Any) -> str:

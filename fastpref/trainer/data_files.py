@@ -1,7 +1,7 @@
-"""Preference rows from files, folders and the hub."""
+"""Rows of training data from files, folders and the hub."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +9,20 @@ if TYPE_CHECKING:
     import datasets
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-WANTED = "chosen and rejected, and prompt unless both start with it"
+Columns = Callable[[Sequence[str]], "str | None"]  # None if the columns will do, else what is wanted
 
 
-def load_preferences(
-    name_or_path: str, *, split: str = "train", config: str | None = None
+def load_rows(
+    name_or_path: str, *, columns: Columns, split: str = "train", config: str | None = None
 ) -> "list[dict[str, Any]] | datasets.Dataset":
-    """Rows with at least `chosen` and `rejected`, in file order, other columns untouched.
+    """Rows with at least the columns that are wanted, in file order, other columns untouched.
 
     Args:
         name_or_path: a .jsonl, .json or .parquet file, a folder of them, or else the name of a dataset on the Hugging
             Face hub. A .json file holds one array of objects, or one object a line.
         split: of a folder, the files named after it (`test.jsonl`, `test-00000-of-00002.parquet`) are read, in order of
             name; "train" reads every file where none is named so. A single file is "train".
+        columns: given the names of a row's columns, None if they will do, else what is wanted.
         config: the hub dataset's configuration.
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -32,65 +33,65 @@ def load_preferences(
     path = Path(name_or_path).expanduser()
     if not path.exists():
         if path.suffix in SUFFIXES or path.is_absolute() or name_or_path.startswith((".", "~")):
-            raise FileNotFoundError(f"load_preferences: no file or folder {name_or_path}")
-        return _from_hub(name_or_path, split, config)
+            raise FileNotFoundError(f"load_rows: no file or folder {name_or_path}")
+        return _from_hub(name_or_path, split, config, columns)
     if config is not None:
-        raise ValueError(f"load_preferences: config belongs to hub datasets; got config={config!r} for {name_or_path}")
-    rows = [row for file in _files(path, split) for row in _read(file)]
+        raise ValueError(f"load_rows: config belongs to hub datasets; got config={config!r} for {name_or_path}")
+    rows = [row for file in _files(path, split) for row in _read(file, columns)]
     if not rows:
-        raise ValueError(f"load_preferences: {name_or_path} holds no rows")
+        raise ValueError(f"load_rows: {name_or_path} holds no rows")
     return rows
 
 
 def _files(path: Path, split: str) -> list[Path]:
-    """The files of a split, by the rule in load_preferences."""
+    """The files of a split, by the rule in load_rows."""
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"load_preferences: a file must end in {', '.join(SUFFIXES)}; got {path}")
+            raise ValueError(f"load_rows: a file must end in {', '.join(SUFFIXES)}; got {path}")
         if split != "train":
-            raise ValueError(f"load_preferences: a single file has only the split 'train'; got {split!r} for {path}")
+            raise ValueError(f"load_rows: a single file has only the split 'train'; got {split!r} for {path}")
         return [path]
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     named = [file for file in files if file.stem == split or file.name.startswith((f"{split}-", f"{split}_"))]
     if named or (files and split == "train"):
         return named or files
     there = ", ".join(file.name for file in files) or f"no file that ends in {', '.join(SUFFIXES)}"
-    raise ValueError(f"load_preferences: no file for the split {split!r} in {path}; it holds {there}")
+    raise ValueError(f"load_rows: no file for the split {split!r} in {path}; it holds {there}")
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
+def _read(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     if path.suffix == ".parquet":
-        yield from _read_parquet(path)
+        yield from _read_parquet(path, columns)
         return
     with path.open("rb") as file:
         is_array = path.suffix == ".json" and file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    yield from _read_array(path) if is_array else _read_lines(path)
+    yield from _read_array(path, columns) if is_array else _read_lines(path, columns)
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read_lines(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
             if line.strip():
-                yield _checked(_parse(line, where), where)
+                yield _checked(_parse(line, where), where, columns)
 
 
-def _read_array(path: Path) -> Iterator[dict[str, Any]]:
+def _read_array(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     for index, row in enumerate(_parse(path.read_bytes(), str(path))):
-        yield _checked(row, f"{path}, item {index}")
+        yield _checked(row, f"{path}, item {index}", columns)
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("load_preferences: Parquet files need pyarrow: pip install 'fastpref[train]'") from error
+        raise ImportError("load_rows: Parquet files need pyarrow: pip install 'fastpref[train]'") from error
     try:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"load_preferences: {path} is not a readable Parquet file: {error}") from error
-    _check_columns(table.column_names, str(path))
+        raise ValueError(f"load_rows: {path} is not a readable Parquet file: {error}") from error
+    _check_columns(table.column_names, str(path), columns)
     yield from table.to_pylist()
 
 
@@ -98,34 +99,34 @@ def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:  # malformed JSON, or not UTF-8
-        raise ValueError(f"load_preferences: {where}: not valid JSON: {error}") from error
+        raise ValueError(f"load_rows: {where}: not valid JSON: {error}") from error
 
 
-def _checked(row: Any, where: str) -> dict[str, Any]:
+def _checked(row: Any, where: str, columns: Columns) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"load_preferences: {where}: a row must be a JSON object; got {type(row).__name__}")
-    _check_columns(row, where)
+        raise ValueError(f"load_rows: {where}: a row must be a JSON object; got {type(row).__name__}")
+    _check_columns(row, where, columns)
     return row
 
 
-def _check_columns(columns: Iterable[str], where: str) -> None:
-    there = list(columns)
-    if "chosen" not in there or "rejected" not in there:
-        raise ValueError(f"load_preferences: {where}: columns wanted: {WANTED}; got {', '.join(there) or 'none'}")
+def _check_columns(found: Iterable[str], where: str, columns: Columns) -> None:
+    there = list(found)
+    if wanted := columns(there):
+        raise ValueError(f"load_rows: {where}: columns wanted: {wanted}; got {', '.join(there) or 'none'}")
 
 
-def _from_hub(name: str, split: str, config: str | None) -> "datasets.Dataset":
+def _from_hub(name: str, split: str, config: str | None, columns: Columns) -> "datasets.Dataset":
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"load_preferences: {name} is no file or folder here; hub datasets need: pip install 'fastpref[train]'"
+            f"load_rows: {name} is no file or folder here; hub datasets need: pip install 'fastpref[train]'"
         ) from error
     try:
         dataset = datasets.load_dataset(name, name=config, split=split)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"load_preferences: {name} is no file or folder here, and the hub did not give it: {error}"
+            f"load_rows: {name} is no file or folder here, and the hub did not give it: {error}"
         ) from error
-    _check_columns(dataset.column_names, name)
+    _check_columns(dataset.column_names, name, columns)
     return dataset

@@ -27,23 +27,21 @@ class Tally:
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._values: list[Tensor] = []  # (2,) each: value and weight
+        self._values: list[Tensor] = []  # 0-d
+        self._weights: list[float] = []
 
-    def add(self, metrics: Mapping[str, Tensor], targets: Tensor) -> None:
-        """Adds the metrics of a batch of B pairs; targets (2B, T), -100 where nothing is predicted."""
-        pairs = targets.new_tensor(len(targets) // 2)
-        chosen, rejected = (targets != -100).view(2, -1).sum(-1)
-        weight = {"entropy": chosen + rejected, "mean_token_accuracy": chosen}
-        weight |= {"logits/chosen": chosen, "logits/rejected": rejected}
+    def add(self, metrics: Mapping[str, Tensor], weight: float, **weights: float) -> None:
+        """Adds the metrics of a batch, means over `weight` items but for those that `weights` names."""
         for name, value in metrics.items():
             self._names.append(name)
-            self._values.append(torch.stack([value.detach().float(), weight.get(name, pairs).float()]))
+            self._values.append(value.detach().float())
+            self._weights.append(weights.get(name, weight))
 
     def reduced(self) -> Sums:
         """The sums over all batches and processes. Every process calls this; the host waits for the device once."""
         values = torch.stack(self._values).tolist() if self._values else []
         mine: Sums = {}
-        for name, (value, weight) in zip(self._names, values, strict=True):
+        for name, value, weight in zip(self._names, values, self._weights, strict=True):
             mine = merged(mine, {name: [value * weight, weight]})
         # objects and not tensors: a process that had no batch has no names either
         return reduce(merged, gather_object([mine]))
@@ -56,8 +54,11 @@ def merged(a: Sums, b: Sums) -> Sums:
 
 
 def means(sums: Sums) -> dict[str, float]:
-    """Metric name to weighted mean."""
-    return {name: total / weight for name, (total, weight) in sums.items()}
+    """Metric name to weighted mean; rewards/margins, of unpaired data, is the difference of the two means."""
+    found = {name: total / weight for name, (total, weight) in sums.items() if weight}
+    if "rewards/chosen" in found and "rewards/rejected" in found:
+        found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
+    return found
 
 
 class MetricsLog:
@@ -118,12 +119,28 @@ class MetricsLog:
             self._file.close()
 
 
+# What the terminal shows of a line, where it is there: metric, its name there, its format
+HEADLINE = {
+    "loss": ("loss", ".4f"),
+    "rewards/margins": ("margin", "+.4f"),
+    "margin": ("margin", "+.4f"),
+    "rewards/accuracies": ("accuracy", "5.3f"),
+    "accuracy": ("accuracy", "5.3f"),
+    "mean_token_accuracy": ("token accuracy", "5.3f"),
+    "kl": ("kl", ".3f"),
+}
+
+
 def shown(line: Mapping[str, Any], steps: int) -> str:
     """`step  10/60  training  loss 0.6911  margin 0.0042  accuracy 0.525 ...`, for the terminal."""
     kind = "eval_" if "eval_loss" in line else ""
-    loss, margin, accuracy = (line[kind + name] for name in ("loss", "rewards/margins", "rewards/accuracies"))
-    figures = [f"loss {loss:.4f}", f"margin {round(margin, 4) + 0.0:+.4f}"]  # + 0.0: no -0.0000
-    figures += ["accuracy  ties" if accuracy is None else f"accuracy {accuracy:5.3f}"]
+    paired = f"{kind}rewards/accuracies" in line  # whose token accuracy is a side issue
+    figures = []
+    for metric, (label, form) in HEADLINE.items():
+        if kind + metric in line and not (paired and metric == "mean_token_accuracy"):
+            value = line[kind + metric]
+            # + 0.0: no -0.0000
+            figures.append(f"{label} {'  ties' if value is None else format(round(value, 4) + 0.0, form)}")
     if not kind:
         figures += [f"grad {line['grad_norm']:.3g}", f"lr {line['learning_rate']:.2e}"]
     where = f"step {line['step']:{len(str(steps))}}/{steps}"

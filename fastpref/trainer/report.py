@@ -10,29 +10,45 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-PANELS = {"loss": "loss", "rewards/margins": "reward margin, chosen - rejected", "rewards/accuracies": "accuracy"}
-TRAIN, HELD_OUT = "#9db4d0", "#c0392b"
+PANELS = {
+    "loss": ["loss"],
+    "rewards": ["rewards/chosen", "rewards/rejected"],
+    "reward margin, chosen - rejected": ["rewards/margins", "margin"],
+    "accuracy": ["rewards/accuracies", "accuracy"],
+    "KL to the reference, nats": ["kl"],
+    "token accuracy": ["mean_token_accuracy"],
+    "entropy of a token, nats": ["entropy"],
+    "log-probability of an answer, nats": ["logps/chosen", "logps/rejected"],
+    "gradient norm": ["grad_norm"],
+}
+COLOURS = [("#9db4d0", "#c0392b"), ("#b5cf9c", "#8e6bb0"), ("#d9c28a", "#555555")]  # training, held out
 SAMPLES, SAMPLE_TOKENS = 2, 40  # continuations shown
 
 
-def before_after(before: Mapping[str, float | None], after: Mapping[str, float | None], *, pairs: int) -> str:
+# What the table of held-out metrics shows, where it is there
+TABLE = {
+    "eval_loss": "loss",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_accuracy": "accuracy",
+    "eval_rewards/margins": "reward margin",
+    "eval_margin": "reward margin",
+    "eval_kl": "KL",
+    "eval_mean_token_accuracy": "token accuracy",
+}
+TIES = "(accuracy: share of pairs with chosen > rejected. Before, the policy is the reference: all margins are 0)"
+
+
+def before_after(before: Mapping[str, float | None], after: Mapping[str, float | None], *, count: str) -> str:
     """A table of held-out metrics; an accuracy of None means that every margin was 0."""
-    rows = [f"held out ({pairs} pairs)     before     after"]
-    for name, key in {
-        "loss": "eval_loss",
-        "accuracy": "eval_rewards/accuracies",
-        "reward margin": "eval_rewards/margins",
-    }.items():
-        cells = "".join(
-            f"{'ties' if (x := side[key]) is None else format(round(x, 4) + 0.0, '.4f'):>10}"
-            for side in (before, after)
-        )
-        rows.append(f"{name:<{len(rows[0]) - 20}}{cells}")
-    if before["eval_rewards/accuracies"] is None:
-        rows.append(
-            "(accuracy: share of pairs with chosen > rejected. Before, the policy is the reference: all margins are 0)"
-        )
-    return "\n".join(rows)
+    rows = [f"held out ({count})     before     after"]
+    for key, name in TABLE.items():
+        if key in before and key in after:
+            cells = "".join(
+                f"{'ties' if (x := side[key]) is None else format(round(x, 4) + 0.0, '.4f'):>10}"
+                for side in (before, after)
+            )
+            rows.append(f"{name:<{len(rows[0]) - 20}}{cells}")
+    return "\n".join([*rows, TIES] if before.get("eval_rewards/accuracies", 0.0) is None else rows)
 
 
 def heading(name: str, model: nn.Module, device: torch.device, output_dir: str) -> str:
@@ -70,27 +86,54 @@ def samples(before: Sequence[Sequence[str]], after: Sequence[Sequence[str]]) -> 
     return "\n".join(lines)
 
 
-def plot(lines: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Writes a PNG of loss, margin and accuracy over the steps, training and held-out, from a run's metric lines."""
+def plot(
+    lines: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    samples: Sequence[Sequence[str]] = (),
+    panels: Mapping[str, Sequence[str]] = PANELS,
+) -> None:
+    """Writes a PNG of a run's metric lines over its steps, training and held-out; panels without a figure are left out.
+
+    samples: [heading, text], printed below. panels: label -> the metrics drawn in it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    there = {name for line in lines for name, value in line.items() if isinstance(value, float | int)}
+    drawn = {label: [m for m in metrics if {m, f"eval_{m}"} & there] for label, metrics in panels.items()}
+    drawn = {label: metrics for label, metrics in drawn.items() if metrics}
+    n_columns = min(len(drawn), 4)
+    n_rows = -(-len(drawn) // n_columns)
+    text = "\n".join(f"{head}: {body}" for head, body in samples)
+    n_text = text.count("\n") + 1 if text else 0
     # no pyplot: it would pick a display, and keep the figure alive
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.4 * n_columns, 2.9 * n_rows + 0.4 + 0.16 * n_text), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
-    for axes, (key, label) in zip(figure.subplots(1, len(PANELS), sharex=True), PANELS.items(), strict=True):
-        train = [(line["step"], line[key]) for line in lines if key in line]
-        held_out = [(line["step"], line[f"eval_{key}"]) for line in lines if line.get(f"eval_{key}") is not None]
-        if train:
-            axes.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1.4, label="training")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o:", color=HELD_OUT, markersize=5, linewidth=1, label="held out")
-        if key == "rewards/accuracies":
+    grid = figure.subplots(n_rows, n_columns, sharex=True, squeeze=False).flatten()
+    for axes in grid[len(drawn) :]:
+        axes.set_axis_off()
+    for axes, (label, metrics) in zip(grid, drawn.items(), strict=False):
+        for metric, (train, held_out) in zip(metrics, COLOURS, strict=False):
+            _curves(axes, lines, metric, train, held_out, label=f"{metric} " if len(metrics) > 1 else "")
+        if "accuracy" in label:
             axes.axhline(0.5, color="0.75", linewidth=0.8, linestyle=":", zorder=0)
             axes.set_ylim(-0.03, 1.03)
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
-    figure.savefig(path, dpi=140)
+        axes.legend(frameon=False, fontsize=7)
+    if text:
+        figure.text(0.01, -0.01, text, fontsize=7, family="monospace", va="top")
+    figure.savefig(path, dpi=140, bbox_inches="tight")
+
+
+def _curves(axes: Any, lines: Sequence[Mapping[str, Any]], metric: str, train: str, held_out: str, label: str) -> None:
+    steps = [(line["step"], line[metric]) for line in lines if isinstance(line.get(metric), float | int)]
+    points = [(line["step"], line[f"eval_{metric}"]) for line in lines if line.get(f"eval_{metric}") is not None]
+    if steps:
+        axes.plot(*zip(*steps, strict=True), color=train, linewidth=1.4, label=f"{label}training")
+    if points:
+        axes.plot(*zip(*points, strict=True), "o:", color=held_out, markersize=4, linewidth=1, label=f"{label}held out")

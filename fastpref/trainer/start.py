@@ -3,10 +3,11 @@
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -17,39 +18,43 @@ from transformers import AutoModelForCausalLM
 
 from fastpref import fused_lm_head
 from fastpref.trainer import checkpoint
-from fastpref.trainer.data import Pair
+from fastpref.trainer.data_files import load_rows
+from fastpref.trainer.options import TrainOptions
+
+Item = TypeVar("Item")
+Rows = Any  # of a file, or a hub dataset
 
 
-def start(*, bf16: bool, fp16: bool, report_to: str, output_dir: Path, seed: int) -> Accelerator:
+def start(options: TrainOptions) -> Accelerator:
     """The processes and devices of this run, its precision and its tracker.
 
     Raises:
         ValueError: the tracker is not installed, or the launcher asks for more than DDP.
     """
-    if report_to != "none" and find_spec(report_to) is None:
-        raise ValueError(f"start: report_to {report_to} needs: pip install {report_to}")
+    o = options
+    if o.report_to != "none" and find_spec(o.report_to) is None:
+        raise ValueError(f"start: report_to {o.report_to} needs: pip install {o.report_to}")
     # said outright: accelerate keeps the precision of an earlier run in this Python process unless told one
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    precision = "bf16" if bf16 else "fp16" if fp16 else launched
-    tracker = None if report_to == "none" else report_to
-    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=output_dir)
+    precision = "bf16" if o.bf16 else "fp16" if o.fp16 else launched
+    tracker = None if o.report_to == "none" else o.report_to
+    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=o.output_dir)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"start: this recipe runs in one process or under DDP; got {accelerator.distributed_type.value}"
         )
     accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may set it, and backward() would divide by it
-    set_seed(seed)
+    set_seed(o.seed)
     return accelerator
 
 
-def where_to_start(accelerator: Accelerator, folder: Path, resume: bool | str, overwrite: bool) -> Path | None:
+def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | None:
     """The checkpoint to go on from; None: from the beginning.
 
-    Args:
-        folder: the run's output_dir.
-        resume: true: its last whole checkpoint, those broken being passed over aloud; or the path of one of its own.
-        overwrite: an earlier run in the folder is removed. Else, and without resume, it is a ValueError.
+    resume_from_checkpoint: true: the last whole checkpoint of output_dir, those broken being passed over aloud; or the
+    path of one of its own. Without it an earlier run there is a ValueError, or removed under overwrite_output_dir.
     """
+    folder, resume = Path(options.output_dir), options.resume_from_checkpoint
     if isinstance(resume, str):
         if Path(resume).resolve().parent != folder.resolve():
             raise ValueError(
@@ -65,7 +70,7 @@ def where_to_start(accelerator: Accelerator, folder: Path, resume: bool | str, o
         return found
     with accelerator.main_process_first():  # the others look when the first has cleared up
         earlier = [*checkpoint.checkpoints(folder), *folder.glob("model")]
-        if earlier and not overwrite:
+        if earlier and not options.overwrite_output_dir:
             raise ValueError(
                 f"where_to_start: output_dir {folder} holds a run ({earlier[-1].name}). To go on with it: "
                 "--resume_from_checkpoint; to replace it: --overwrite_output_dir; or choose another --output_dir"
@@ -75,30 +80,75 @@ def where_to_start(accelerator: Accelerator, folder: Path, resume: bool | str, o
     return None
 
 
-def load_model(
-    name: str, *, dtype: str, gradient_checkpointing: bool, lora: LoraConfig | None, resumed: Path | None
-) -> Any:
-    """The causal LM with a fused head and without dropout of its own; with `lora`, frozen under an adapter.
+def causal_lm(options: TrainOptions, name: str, resumed: Path | None) -> Any:
+    """The causal LM with a fused head, as `load_model` prepares it."""
+    return fused_lm_head(load_model(AutoModelForCausalLM, options, name, resumed, task="CAUSAL_LM"))
+
+
+def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None, *, task: str, **config: Any) -> Any:
+    """A transformers model without dropout of its own; with use_peft, frozen under an adapter.
 
     Args:
+        auto: AutoModelForCausalLM or another of transformers' classes that choose one.
         name: a folder or hub name, for `from_pretrained`.
-        dtype: the name of the torch dtype in which the weights are kept.
-        resumed: the checkpoint whose weights, or with `lora` whose adapter, it gets.
+        resumed: the checkpoint whose weights, or with use_peft whose adapter, it gets.
+        task: peft's name for the kind of model.
+        config: what to set in the model's configuration.
     """
-    source = resumed if resumed and lora is None else name
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    source = name if resumed is None or options.use_peft else resumed
+    model: Any = auto.from_pretrained(source, dtype=getattr(torch, options.dtype), **config)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # a difference between policy and reference that no preference caused; TRL does the same
-    if gradient_checkpointing:
+    if options.gradient_checkpointing:
         # two names of one method: the first is new in transformers 5, the second leaves in 6
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if lora is not None and resumed:
+    if options.use_peft and resumed:
         model = PeftModel.from_pretrained(model, resumed, is_trainable=True)
-    elif lora is not None:
+    elif options.use_peft:
+        lora = LoraConfig(
+            task_type=task,
+            r=options.lora_r,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=options.lora_target_modules,
+        )
         model = get_peft_model(model, lora)
-    return fused_lm_head(model)
+    return model
+
+
+def load_items(
+    options: TrainOptions,
+    say: Callable[[str], None],
+    *,
+    columns: Callable[[Sequence[str]], str | None],
+    tokenize: Callable[[Rows], tuple[list[Item], Any]],
+    demo: Callable[[int], tuple[Rows, Rows]],
+) -> tuple[list[Item], list[Item]]:
+    """(items to train on, held-out items) as token ids; what was cut or dropped is said.
+
+    Args:
+        columns: given the names of a row's columns, None if they will do, else what is wanted.
+        tokenize: rows to items, and a report of what was cut or dropped.
+        demo: given the number to hold out, the rows (to train on, held out) where no dataset was named.
+    """
+    size = options.test_split_size
+    test_rows: Rows = None
+    if options.dataset_name is None:
+        rows, test_rows = demo(int(size) if size >= 1 else 128)
+    else:
+        read = partial(load_rows, options.dataset_name, config=options.dataset_config, columns=columns)
+        rows = read(split=options.dataset_train_split)
+        if options.dataset_test_split:
+            test_rows = read(split=options.dataset_test_split)
+    items, told = tokenize(rows)
+    say(f"training  {told}")
+    if test_rows is None:
+        return split_by_prompt(items, round(size * len(items)) if size < 1 else int(size), options.seed)
+    held_out, told = tokenize(test_rows)
+    say(f"held out  {told}")
+    return items, held_out
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -109,13 +159,15 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def split_by_prompt(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(the rest, at least `size` held-out pairs): no prompt on both sides, or the held-out metrics would flatter.
+def split_by_prompt(items: Sequence[Any], size: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """(the rest, at least `size` held-out items): no prompt on both sides, or the held-out metrics would flatter.
 
+    items: with prompt_ids each; one without a prompt stands for itself.
     Raises:
         ValueError: nothing would be left to train on.
     """
-    count = Counter(tuple(pair.prompt_ids) for pair in pairs)
+    prompt_of = [tuple(item.prompt_ids) or (-1 - i,) for i, item in enumerate(items)]
+    count = Counter(prompt_of)
     prompts = sorted(count)
     random.Random(seed).shuffle(prompts)
     drawn: set[tuple[int, ...]] = set()
@@ -125,10 +177,10 @@ def split_by_prompt(pairs: Sequence[Pair], size: int, seed: int) -> tuple[list[P
         taken += count[prompts.pop()]
     if not prompts:
         raise ValueError(
-            f"split_by_prompt: {size} held-out pairs leave nothing to train on: there are {len(pairs)} pairs of "
+            f"split_by_prompt: {size} held-out examples leave nothing to train on: there are {len(items)} of "
             f"{len(count)} prompts, and those of a prompt stay together. Give dataset_test_split, or test_split_size 0"
         )
-    sides: tuple[list[Pair], list[Pair]] = ([], [])
-    for pair in pairs:
-        sides[tuple(pair.prompt_ids) in drawn].append(pair)
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    for prompt, item in zip(prompt_of, items, strict=True):
+        sides[prompt in drawn].append(item)
     return sides

@@ -1,0 +1,235 @@
+"""Rows of prompt and completion, texts or conversations to token ids: what `sft` and `kto` read.
+
+    examples, report = tokenize_examples(rows, tokenizer)      # sft: prompt + completion, messages, or text
+    examples, report = tokenize_labelled(rows, tokenizer)      # kto: prompt + completion + label, or pairs taken apart
+
+The row formats, and where a completion starts, are those of TRL 1.16's SFTTrainer and KTOTrainer.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from fastpref.trainer.data import split_pair
+from fastpref.trainer.encode import (
+    encode,
+    encode_chat,
+    encode_text,
+    is_empty,
+    kind_of,
+    scored,
+    template_options,
+    with_eos,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sequence prompt + completion as token ids; `desirable` is KTO's label."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    desirable: bool | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def n_scored(self) -> int:
+        """Completion tokens that are predicted."""
+        return scored(self.prompt_ids, self.completion_ids)
+
+
+@dataclass
+class ExampleReport:
+    """What was kept, cut and dropped. `str()` is one paragraph for the user."""
+
+    rows: int = 0
+    kept: int = 0
+    truncated: int = 0
+    shifted: int = 0  # kept examples whose completion starts before the end of the tokenized prompt
+    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> row indices
+    prompt_tokens: float = 0.0  # means over the kept examples
+    completion_tokens: float = 0.0
+    desirable: int | None = None  # of the kept, where they are labelled
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.kept} of {self.rows} rows kept; mean tokens: prompt {self.prompt_tokens:.1f}, "
+            f"completion {self.completion_tokens:.1f}."
+        ]
+        if self.desirable is not None:
+            parts.append(f"{self.desirable} desirable, {self.kept - self.desirable} undesirable.")
+        if self.truncated:
+            parts.append(f"{self.truncated} cut to max_length.")
+        if self.shifted:
+            parts.append(
+                f"In {self.shifted} the last tokens of the prompt differ once a completion follows "
+                "(they merge, or the chat template renders them differently) and count as completion."
+            )
+        parts += [
+            f"{len(rows)} dropped: {reason} (first: row {rows[0]})." for reason, rows in sorted(self.dropped.items())
+        ]
+        return " ".join(parts)
+
+
+def example_columns(names: Sequence[str], *, text_field: str = "text") -> str | None:
+    """None if rows of these columns are for `sft`, else what is wanted."""
+    there = text_field in names or "messages" in names or {"prompt", "completion"} <= {*names}
+    return None if there else f"prompt and completion, or messages, or {text_field}"
+
+
+def labelled_columns(names: Sequence[str]) -> str | None:
+    """None if rows of these columns are for `kto`, else what is wanted."""
+    there = {"prompt", "completion", "label"} <= {*names} or {"chosen", "rejected"} <= {*names}
+    return None if there else "prompt, completion and label; or pairs: chosen and rejected"
+
+
+def tokenize_examples(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int | None = 1024,
+    completion_only_loss: bool = False,
+    text_field: str = "text",
+) -> tuple[list[Example], ExampleReport]:
+    """Examples for `sft`, in the order of the rows, and a report of what was cut or dropped.
+
+    A row holds prompt and completion, both text or both messages; or messages; or text. Text ends with EOS, a
+    conversation as its chat template ends it. Without a completion everything counts as one.
+
+    Dropped and counted: an empty completion, text or conversation, and what has no token to predict within max_length.
+
+    Args:
+        max_length: an example is cut to this many tokens, the start kept; None: no limit.
+        completion_only_loss: True: rows without a completion are refused.
+        text_field: the column that holds text.
+    Raises:
+        ValueError: a malformed row (named by its index), messages without a chat template, a tokenizer without EOS, no
+            row left, or max_length < 2.
+    """
+    fn = "tokenize_examples"
+    kept = _Kept(fn, max_length)
+    for index, row in enumerate(rows):
+        where = f"{fn}: row {index}"
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where} must be a mapping; got {type(row).__name__}")
+        if row.get("prompt") is not None or row.get("completion") is not None:
+            prompt, completion = _prompt_and_completion(row, where)
+            kept.add(index, prompt, completion, tokenizer, row, where)
+            continue
+        if completion_only_loss:
+            raise ValueError(f"{where}: completion_only_loss wants prompt and completion; got {', '.join(row)}")
+        name = "messages" if row.get("messages") is not None else text_field
+        content = row.get(name)
+        kind = kind_of(name, content, where)
+        if is_empty(content):  # type: ignore[arg-type]  # kind_of refused all else
+            kept.drop(index, f"{'an empty text' if kind == 'text' else 'an empty conversation'}")
+        elif kind == "text":
+            kept.keep(index, Example([], with_eos(encode_text(str(content), tokenizer), tokenizer)), False)
+        else:
+            options = template_options(row, where)
+            kept.keep(index, Example([], encode_chat(content, tokenizer, where, **options)), False)
+    return kept.all()
+
+
+def tokenize_labelled(
+    rows: Iterable[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", *, max_length: int | None = 1024
+) -> tuple[list[Example], ExampleReport]:
+    """Examples for `kto`, in the order of the rows, and a report of what was cut or dropped.
+
+    A row holds prompt, completion (both text or both messages) and label, true if the completion is desirable. Pairs
+    are taken apart: all chosen as desirable, then all rejected as undesirable, as TRL does. Else as
+    `tokenize_examples`.
+    """
+    fn = "tokenize_labelled"
+    kept = _Kept(fn, max_length)
+    rejected: list[tuple[int, Any, Any, Mapping[str, Any], str]] = []
+    for index, row in enumerate(rows):
+        where = f"{fn}: row {index}"
+        if isinstance(row, Mapping) and row.get("completion") is None:
+            prompt, better, worse = split_pair(row, where)
+            if better == worse:
+                kept.drop(index, "chosen and rejected identical")
+                continue
+            kept.add(index, prompt, better, tokenizer, row, where, desirable=True)
+            rejected.append((index, prompt, worse, row, where))
+            continue
+        prompt, completion = _prompt_and_completion(row, where)
+        label = row.get("label")
+        if not isinstance(label, bool):
+            raise ValueError(f"{where}: label must be true or false; got {label!r}")
+        kept.add(index, prompt, completion, tokenizer, row, where, desirable=label)
+    for index, prompt, worse, row, where in rejected:
+        kept.add(index, prompt, worse, tokenizer, row, where, desirable=False)
+    kept.report.desirable = sum(bool(example.desirable) for example in kept.examples)
+    return kept.all()
+
+
+class _Kept:
+    """The examples so far and the report on them."""
+
+    def __init__(self, fn: str, max_length: int | None) -> None:
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"{fn}: max_length must be None or at least 2; got {max_length}")
+        self.fn, self.max_length = fn, max_length
+        self.examples: list[Example] = []
+        self.report = ExampleReport()
+
+    def add(
+        self,
+        index: int,
+        prompt: Any,
+        completion: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        row: Mapping[str, Any],
+        where: str,
+        desirable: bool | None = None,
+    ) -> None:
+        if is_empty(completion):
+            self.drop(index, "an empty completion")
+            return
+        prompt_ids, (completion_ids,), shifted = encode(prompt, [completion], tokenizer, row, where)
+        self.keep(index, Example(prompt_ids, completion_ids, desirable), shifted)
+
+    def keep(self, index: int, whole: Example, shifted: bool) -> None:
+        """Keeps an example, cut, unless nothing of it is predicted."""
+        room = None if self.max_length is None else max(self.max_length - len(whole.prompt_ids), 0)
+        example = replace(whole, completion_ids=whole.completion_ids[:room])
+        if not example.n_scored:
+            self.drop(index, f"no completion token within max_length={self.max_length}")
+            return
+        self.report.rows += 1
+        self.examples.append(example)
+        self.report.truncated += example != whole
+        self.report.shifted += shifted
+
+    def drop(self, index: int, reason: str) -> None:
+        self.report.rows += 1
+        self.report.dropped.setdefault(reason, []).append(index)
+
+    def all(self) -> tuple[list[Example], ExampleReport]:
+        report, n = self.report, len(self.examples)
+        report.kept = n
+        if not n:
+            raise ValueError(f"{self.fn}: rows must hold at least one usable example; {report}")
+        report.prompt_tokens = sum(len(e.prompt_ids) for e in self.examples) / n
+        report.completion_tokens = sum(len(e.completion_ids) for e in self.examples) / n
+        return self.examples, report
+
+
+def _prompt_and_completion(row: Any, where: str) -> tuple[Any, Any]:
+    """Both texts, or both lists of messages."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} must be a mapping with prompt and completion; got {type(row).__name__}")
+    prompt, completion = row.get("prompt"), row.get("completion")
+    kind = kind_of("completion", completion, where)
+    if kind_of("prompt", prompt, where) != kind:
+        raise ValueError(f"{where}: prompt must be {kind}, as completion is; got {type(prompt).__name__}")
+    if kind == "messages" and not prompt:
+        raise ValueError(f"{where}: prompt must hold at least one message; got none")
+    return prompt, completion
