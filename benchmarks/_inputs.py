@@ -1,6 +1,8 @@
 """Inputs that look like a language model's, and the answer in float64.
 
-Random hidden states make every softmax flat, which hides errors and flatters whoever skips small probabilities. Here
+Random hidden states make every softmax flat, which hides errors and flatters whoever skips small probabilities: at
+V = 131,072 each is 8e-6, below the 2.4e-4 that Cut Cross-Entropy's filter leaves out for bf16, so nearly all of its
+backward would be skipped; and a kernel that is right in the middle of the range of logits only would look right. Here
 a row is `spread * noise + boost * w_k / |w_k|`: spread is chosen so that the noise alone has 5 nats of entropy, and
 boost raises the logit of one token k by as much: uniform from 0 to twice what gives k half of the mass, so that rows
 run from flat to certain, 2 to 4 nats on the mean. Two targets in three are that k; the third is any token, often 30
@@ -10,13 +12,22 @@ nats below the maximum.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
-ROWS = 128  # of float64 logits at a time
+AT_ONCE = 2**24  # logits in float64
+
+MODELS = {  # H and V of their heads
+    "SmolLM2-135M": (576, 49_152),
+    "Gemma-3-270M": (640, 262_144),
+    "Qwen2.5-0.5B": (896, 151_936),
+    "Llama-3-8B": (4096, 128_256),
+    "Qwen3-8B": (4096, 151_936),
+    "Gemma-3-12B": (3840, 262_208),
+}
 
 
 class Shape(NamedTuple):
@@ -26,9 +37,19 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         return f"{self.hidden}x{self.vocab}"
 
+    @property
+    def model(self) -> str:
+        """Whose head this is, or H x V."""
+        return next((name for name, sizes in MODELS.items() if sizes == self), str(self))
+
     @staticmethod
     def parse(text: str) -> "Shape":
-        hidden, vocab = text.split("x")
+        """Of a name in MODELS, or of HxV."""
+        if text in MODELS:
+            return Shape(*MODELS[text])
+        hidden, _, vocab = text.partition("x")
+        if not (hidden.isdecimal() and vocab.isdecimal()):
+            raise ValueError(f"bench: shape must be HxV or one of {', '.join(MODELS)}; got {text!r}")
         return Shape(int(hidden), int(vocab))
 
 
@@ -43,6 +64,11 @@ class Batch:
     ref_weight: Tensor
     old_logps: Tensor | None  # (2B, T) fp32, of the policy that sampled; only the clipped loss needs them
     advantages: Tensor  # (2B,)
+    upstream: Tensor  # (2B, T) fp32, the gradient that reaches log-probs
+
+    def to(self, device: str) -> "Batch":
+        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
+        return Batch(**moved)
 
     @property
     def live(self) -> Tensor:
@@ -95,6 +121,7 @@ def batch(shape: Shape, pairs: int, length: int, dtype: torch.dtype, sampled: bo
         ref_weight,
         None if old is None else old.float(),
         torch.randn(n, generator=generator),
+        torch.randn(n, length, generator=generator),
     )
 
 
@@ -102,48 +129,54 @@ def batch(shape: Shape, pairs: int, length: int, dtype: torch.dtype, sampled: bo
 def exact_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """log softmax(x W^T)[target] in float64, shaped like targets; 0 where ignored."""
     live = (targets.flatten() != IGNORE).nonzero()[:, 0]
-    x, y, w = hidden.flatten(0, -2)[live], targets.flatten()[live], weight.double()
-    out = torch.zeros(targets.numel(), dtype=torch.float64)
-    for part in torch.arange(len(live)).split(ROWS):
-        z = x[part].double() @ w.T
-        out[live[part]] = z.gather(1, y[part, None])[:, 0] - z.logsumexp(1)
+    x, y = hidden.flatten(0, -2)[live].double(), targets.flatten()[live]
+    log_sum = x.new_full((len(live),), -torch.inf)
+    for slab in weight.split(AT_ONCE // max(len(live), 1)):
+        log_sum = torch.logaddexp(log_sum, (x @ slab.double().T).logsumexp(1))
+    out = torch.zeros(targets.numel(), dtype=torch.float64, device=x.device)
+    out[live] = (x * weight[y].double()).sum(1) - log_sum
     return out.view(targets.shape)
 
 
 class Exact(NamedTuple):
-    """float64."""
+    """float64, but d_weight."""
 
     loss: float
     logps: Tensor  # shaped like targets
     d_hidden: Tensor  # (n, H): the rows whose targets count
-    d_weight: Tensor
+    d_weight: Tensor  # formed in float64, kept in float32
     entropy: float  # mean over those rows, nats
     gap: float  # the most that a target lies below its row's maximum, nats
 
 
 @torch.no_grad()
 def exact(hidden: Tensor, weight: Tensor, targets: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Exact:
-    """The loss of the log-probs and its gradients, ROWS rows of logits at a time."""
+    """The loss of the log-probs and its gradients, AT_ONCE logits at a time."""
     logps = exact_logps(hidden, weight, targets)
     with torch.enable_grad():
         leaf = logps.clone().requires_grad_()
         loss = loss_of(leaf)
-    slope = torch.autograd.grad(loss, leaf)[0].flatten()
     live = (targets.flatten() != IGNORE).nonzero()[:, 0]
-    w = weight.double()
-    d_hidden = torch.empty(len(live), weight.shape[1], dtype=torch.float64)
-    d_weight = torch.zeros_like(w)
-    entropy, gap = 0.0, 0.0
-    for part in torch.arange(len(live)).split(ROWS):
-        x, y = hidden.flatten(0, -2)[live[part]].double(), targets.flatten()[live[part], None]
-        log_p = (x @ w.T).log_softmax(1)
-        gap = max(gap, float((log_p.max(1).values - log_p.gather(1, y)[:, 0]).max()))
+    slope = torch.autograd.grad(loss, leaf)[0].flatten()[live, None]
+    x, y, at = hidden.flatten(0, -2)[live].double(), targets.flatten()[live], logps.flatten()[live, None]
+    log_sum = (x * weight[y].double()).sum(1, keepdim=True) - at
+    d_hidden = slope * weight[y].double()
+    d_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    entropy, highest = 0.0, torch.full_like(at, -torch.inf)
+    step = AT_ONCE // max(len(live), 1)
+    for first in range(0, len(weight), step):
+        w = weight[first : first + step].double()
+        log_p = x @ w.T - log_sum
+        highest = torch.maximum(highest, log_p.amax(1, keepdim=True))
         p = log_p.exp()
         entropy -= float((p * log_p).sum())
-        d_z = p.neg_().scatter_add_(1, y, torch.ones_like(p[:, :1])).mul_(slope[live[part], None])
-        d_hidden[part] = d_z @ w
-        d_weight.addmm_(d_z.T, x)
-    return Exact(float(loss), logps, d_hidden, d_weight, entropy / max(len(live), 1), gap)
+        d_z = p.mul_(-slope)
+        d_hidden += d_z @ w
+        inside = ((y >= first) & (y < first + step)).nonzero()[:, 0]
+        d_z[inside, y[inside] - first] += slope[inside, 0]
+        d_weight[first : first + step] = d_z.T @ x
+    n = max(len(live), 1)
+    return Exact(float(loss), logps, d_hidden, d_weight, entropy / n, float((highest - at).max()) if len(live) else 0.0)
 
 
 def relative_error(got: list[Tensor], truth: list[Tensor]) -> float:

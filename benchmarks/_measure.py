@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import fastpref
 from fastpref import kernels
 
 # the profiler's own messages, two lines a call, would stand between the rows
@@ -27,18 +29,41 @@ MIB = 2**20
 Row = dict[str, Any]
 
 
-def seconds(call: Callable[[], object]) -> float:
+SHORTEST = 0.005  # seconds below which a call is timed several times in a row
+
+
+class Absent(Exception):
+    """Why a contender is not measured here."""
+
+
+class WrongAnswer(Exception):
+    """A contender's result is not the loss that was asked for, whatever its speed."""
+
+
+def wait() -> None:
+    """Until a GPU, if one is in use, has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object], times: int = 1) -> float:
+    """Of one call, the mean of so many in a row."""
+    wait()
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(times):
+        call()
+    wait()
+    return (time.perf_counter() - start) / times
 
 
 def against(bare: Callable[[], object], call: Callable[[], object], rounds: int) -> Row:
     """Median seconds of a call and of the bare one, run in turn, and the median and range of their ratios."""
-    for warm_up in (bare, call):
-        warm_up()
+    times = []
+    for one in (bare, call):
+        one()
+        times.append(max(1, round(SHORTEST / max(seconds(one), 1e-6))))
     gc.collect()
-    pairs = [(seconds(bare), seconds(call)) for _ in range(rounds)]
+    pairs = [(seconds(bare, times[0]), seconds(call, times[1])) for _ in range(rounds)]
     ratios = [spent / least for least, spent in pairs]
     return {
         "seconds": statistics.median(spent for _, spent in pairs),
@@ -55,6 +80,12 @@ def allocated(call: Callable[[], object]) -> int:
 
     What a library takes without asking torch is not in it.
     """
+    if torch.cuda.is_initialized():
+        wait()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         call()
     alive = peak = 0
@@ -95,9 +126,11 @@ def _resident(
 
 def provenance(packages: Sequence[str] = ("torch",)) -> Row:
     """Device, threads, versions and commit; None for a package that is not installed."""
-    here = Path(__file__).parent
-    describe = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    root = Path(__file__).resolve().parents[1]
+    commit = ""
+    if (root / ".git").exists() and (root / "csrc").exists() and shutil.which("git"):  # not installed somewhere
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     listed = Path("/proc/cpuinfo")
     cpu = listed.read_text() if listed.exists() else ""
     model = next((line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line), platform.machine())
@@ -110,10 +143,11 @@ def provenance(packages: Sequence[str] = ("torch",)) -> Row:
     return {
         "device": f"{model}, {has[0] if has else 'no vector units known'}{'' if 'AMX_BF16' in has else ', no AMX'}",
         "kernel": kernel,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
-        "commit": commit,
+        "commit": commit or f"fastpref {fastpref.__version__}",
     }
 
 
@@ -135,7 +169,7 @@ class Table:
         self, benchmark: str, columns: Sequence[tuple[str, str, str]], packages: Sequence[str], file: Path | None
     ) -> None:
         self.about = {"benchmark": benchmark, **provenance(packages)}
-        self.columns, self.file = columns, file
+        self.columns, self.file, self.rows = columns, file, list[Row]()
         print(", ".join(f"{name} {value or 'not installed'}" for name, value in self.about.items()))
 
     def heading(self, title: str) -> None:
@@ -144,9 +178,10 @@ class Table:
     def add(self, row: Row) -> None:
         cells = "".join(self._cell(row, *rest) for _, *rest in self.columns)
         print(f"{row['contender']:18}{'  ' + row['reason'] if 'reason' in row else cells}", flush=True)
+        self.rows.append({**row, **self.about})
         if self.file:
             with self.file.open("a") as file:
-                file.write(json.dumps({**row, **self.about}) + "\n")
+                file.write(json.dumps(self.rows[-1]) + "\n")
 
     @staticmethod
     def _cell(row: Row, key: str, form: str) -> str:
@@ -159,8 +194,12 @@ def or_reason(peer: str, measure: Callable[[], Row]) -> Row:
     """The row of `measure`, or one that says why there is none; a failure of fastpref itself is not caught."""
     try:
         return measure()
-    except ImportError as error:
+    except (Absent, ImportError) as error:
         return {"reason": f"not measured: {error}"}
+    except WrongAnswer as error:
+        if peer.startswith("fastpref"):
+            raise
+        return {"reason": f"wrong: {error}"}
     except Exception as error:
         if peer.startswith("fastpref"):
             raise
@@ -168,19 +207,28 @@ def or_reason(peer: str, measure: Callable[[], Row]) -> Row:
 
 
 def bare_products(
-    n: int, hidden: int, vocab: int, trained_head: bool, reference: bool, dtype: torch.dtype
+    n: int,
+    hidden: int,
+    vocab: int,
+    trained_head: bool,
+    reference: bool,
+    dtype: torch.dtype,
+    *,
+    gradients: bool = True,
+    device: str = "cpu",
 ) -> Callable[[], None]:
     """The products that a step on n tokens cannot avoid, into outputs that are there already.
 
     Logits of the policy, d_hidden, d_weight if the head is trained, logits of the reference: 2 n H V FLOPs each.
     """
-    x, w = torch.randn(n, hidden).to(dtype), torch.randn(vocab, hidden).to(dtype)
-    z, d_x, d_w = torch.empty(n, vocab, dtype=dtype), torch.empty_like(x), torch.empty_like(w)
+    x, w = (torch.randn(size, hidden, device=device).to(dtype) for size in (n, vocab))
+    z, d_x, d_w = torch.empty(n, vocab, dtype=dtype, device=device), torch.empty_like(x), torch.empty_like(w)
 
     def run() -> None:
         torch.mm(x, w.T, out=z)
-        torch.mm(z, w, out=d_x)
-        if trained_head:
+        if gradients:
+            torch.mm(z, w, out=d_x)
+        if gradients and trained_head:
             torch.mm(z.T, x, out=d_w)
         if reference:
             torch.mm(x, w.T, out=z)

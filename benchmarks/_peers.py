@@ -1,80 +1,88 @@
-"""The contenders, each called as its own documentation says, and the two losses that all of them are given.
+"""The contenders, each called as its own documentation says.
 
 A contender is a function (hidden (2B, T, H), weight, targets (2B, T)) -> log-probs (2B, T), 0 where the target is
-ignored, and, where it has a fused loss of its own, that too. Who takes flat rows is given the unskipped ones only.
-`load` raises ImportError where a peer is not installed.
+ignored, and whatever losses of its own it has fused. Who takes flat rows is given the unskipped ones only. `load`
+raises ImportError where a peer is not installed, and Absent where it does not run.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from _inputs import IGNORE, Batch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpref import linear_logps, linear_policy_loss, linear_preference_loss
-
-BETA = 0.1
-CLIP = 0.2
+from fastpref import (
+    linear_cross_entropy,
+    linear_logps,
+    linear_policy_loss,
+    linear_preference_loss,
+    linear_unpaired_loss,
+)
+from fastpref.benchmarks._inputs import IGNORE, Batch
+from fastpref.benchmarks._losses import BETA, CLIP, KL, LOSSES
+from fastpref.benchmarks._measure import Absent
 
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
 Step = Callable[[Batch], Tensor]  # -> the loss, differentiable in hidden and weight
 
 
-def dpo_of_sums(sums: Tensor, ref_sums: Tensor) -> Tensor:
-    """-log sigmoid(beta (chosen - rejected log-ratio)), mean over pairs; both (2B,)."""
-    chosen, rejected = (sums - ref_sums).chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-
-
-def clipped_of_tokens(logps: Tensor, batch: Batch) -> Tensor:
-    """PPO's -min(r A, clip(r) A), mean over completion tokens. Schulman et al. 2017, arXiv:1707.06347, eq. 7."""
-    assert batch.old_logps is not None
-    ratio = (logps - batch.old_logps.to(logps.dtype)).exp()
-    advantages = batch.advantages.to(logps.dtype)[:, None]
-    losses = -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-    live = batch.targets != IGNORE
-    return torch.where(live, losses, 0.0).sum() / live.sum()
-
-
-def dpo_step(logps: Logps, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        ref = logps(batch.ref_hidden, batch.ref_weight, batch.targets).float().sum(-1)
-    return dpo_of_sums(logps(batch.hidden, batch.weight, batch.targets).float().sum(-1), ref)
-
-
-def ppo_step(logps: Logps, batch: Batch) -> Tensor:
-    return clipped_of_tokens(logps(batch.hidden, batch.weight, batch.targets).float(), batch)
+def step_of(loss: str, logps: Logps, batch: Batch) -> Tensor:
+    """The loss built from a contender's log-probs, the reference's among them where the loss has one."""
+    ref = torch.empty(0)
+    if LOSSES[loss].reference:
+        with torch.no_grad():
+            ref = logps(batch.ref_hidden, batch.ref_weight, batch.targets).float().sum(-1)
+    return LOSSES[loss].of(logps(batch.hidden, batch.weight, batch.targets).float(), batch, ref)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`dpo` and `ppo` are the contender's own fused losses; None: the loss is built from its log-probs."""
-
-    logps: Logps
-    dpo: Step | None = None
-    ppo: Step | None = None
+    logps: Logps | None  # None: it has none, only losses of its own
+    own: Mapping[str, Step] = field(default_factory=dict)  # its fused losses; the others are built from its log-probs
     all_positions: bool = False  # it projects prompt tokens too
 
     def step(self, loss: str) -> Step:
-        own = {"dpo": self.dpo, "ppo": self.ppo}[loss]
-        return own or partial({"dpo": dpo_step, "ppo": ppo_step}[loss], self.logps)
+        if loss in self.own:
+            return self.own[loss]
+        if self.logps is None:
+            raise ValueError(f"has no {loss}, only {', '.join(self.own)}")
+        return partial(step_of, loss, self.logps)
 
 
-def _fastpref() -> Contender:
+def _fastpref(**options: Any) -> Contender:
+    """options: head options, of all its functions."""
+
+    def of(batch: Batch, **more: Any) -> dict[str, Any]:
+        return {"hidden": batch.hidden, "weight": batch.weight, "targets": batch.targets, **options, **more}
+
+    def referred(batch: Batch, **more: Any) -> dict[str, Any]:
+        return of(batch, ref_hidden=batch.ref_hidden, ref_weight=batch.ref_weight, beta=BETA, **more)
+
     def dpo(batch: Batch) -> Tensor:
-        options: dict[str, Any] = {"ref_hidden": batch.ref_hidden, "ref_weight": batch.ref_weight, "beta": BETA}
-        return linear_preference_loss(batch.hidden, batch.weight, batch.targets, **options).loss
+        return linear_preference_loss(**referred(batch)).loss
 
-    def ppo(batch: Batch) -> Tensor:
-        options: dict[str, Any] = {"advantages": batch.advantages, "old_logps": batch.old_logps}
-        options["num_items"] = int((batch.targets != IGNORE).sum())
-        return linear_policy_loss(batch.hidden, batch.weight, batch.targets, **options).loss
+    def kto(batch: Batch) -> Tensor:
+        n = len(batch.targets)
+        desirable = torch.arange(n, device=batch.targets.device) < n // 2
+        return linear_unpaired_loss(**referred(batch, desirable=desirable, kl=KL)).loss
 
-    return Contender(linear_logps, dpo, ppo)
+    def policy(name: str, batch: Batch) -> Tensor:
+        sampled: dict[str, Any] = {"advantages": batch.advantages, "old_logps": batch.old_logps, "epsilon": CLIP}
+        return linear_policy_loss(**of(batch, loss_type=name, **sampled)).loss
+
+    def sft(batch: Batch) -> Tensor:
+        return linear_cross_entropy(**of(batch))
+
+    own: dict[str, Step] = {"dpo": dpo, "kto": kto, "sft": sft}
+    own |= {name: partial(policy, name) for name in ("ppo", "grpo")}
+    return Contender(partial(linear_logps, **options), own)
 
 
 def naive_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -104,6 +112,11 @@ def _of_rows(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Logps:
     return logps
 
 
+def _mean_of_rows(function: Callable[[Tensor, Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+    live = batch.targets != IGNORE
+    return function(batch.hidden[live], batch.weight, batch.targets[live])
+
+
 def _trl() -> Contender:
     # trl 1.16, trainer/utils.py, add_fused_lm_head: how DPOTrainer calls its kernel, and its width of a tile. It leaves
     # ignored rows out on a GPU and scores them on a CPU; here it may leave them out. No extra outputs: they cost time
@@ -129,30 +142,50 @@ def _liger_logps() -> Contender:
 
 def _liger(whole: bool) -> Contender:
     """Its fused losses: a pair (DPO) or a sequence (PPO) a chunk, its default, or the whole batch, which is faster."""
-    # liger-kernel 0.8.5, README and chunked_loss/dpo_loss.py, grpo_loss.py; compiled, as is the default
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearGRPOLoss
+    # liger-kernel 0.8.5, README and chunked_loss/*.py; compiled, as is the default
+    from liger_kernel import chunked_loss
 
     # beta 0 and no reference: GRPO's token term is PPO's; bnpo is the mean over completion tokens
-    options: dict[str, Any] = {"epsilon_low": CLIP, "epsilon_high": CLIP, "loss_type": "bnpo"}
+    options: dict[str, Any] = {"epsilon_low": CLIP, "epsilon_high": CLIP, "beta": 0.0, "use_ref_model": False}
 
     def dpo(batch: Batch) -> Tensor:
-        loss = LigerFusedLinearDPOLoss(beta=BETA, chunk_size=len(batch.targets) // 2 if whole else 1)
+        chunk_size = len(batch.targets) // 2 if whole else 1
+        loss = chunked_loss.LigerFusedLinearDPOLoss(beta=BETA, chunk_size=chunk_size)
         ref = {"ref_input": batch.ref_hidden, "ref_weight": batch.ref_weight}
         return loss(batch.weight, batch.hidden, batch.targets, **ref)[0]
 
-    def ppo(batch: Batch) -> Tensor:
+    def kto(batch: Batch) -> Tensor:
+        n = len(batch.targets)
+        loss = chunked_loss.LigerFusedLinearKTOLoss(beta=BETA, use_ref_model=True, chunk_size=n if whole else 1)
+        desirable = torch.arange(n, device=batch.targets.device) < n // 2
+        ref = {"ref_input": batch.ref_hidden, "ref_weight": batch.ref_weight, "kl": batch.upstream.new_tensor(KL)}
+        return loss(batch.hidden, batch.weight, batch.targets, preference_labels=desirable, **ref)[0]
+
+    def policy(name: str, batch: Batch) -> Tensor:
         chunk_size = len(batch.targets) if whole else 1
-        loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, chunk_size=chunk_size, **options)
+        loss = chunked_loss.LigerFusedLinearGRPOLoss(loss_type=name, chunk_size=chunk_size, **options)
         live, chosen = batch.targets != IGNORE, batch.targets.clamp(min=0)
         old = {"old_per_token_logps": batch.old_logps}
         return loss(batch.hidden, batch.weight, chosen, live.long(), batch.advantages, **old)[0]
 
-    return Contender(_liger_logps().logps, dpo, ppo, all_positions=True)
+    own: dict[str, Step] = {"dpo": dpo, "kto": kto, "ppo": partial(policy, "bnpo"), "grpo": partial(policy, "grpo")}
+    return Contender(None, own, all_positions=True)
+
+
+def _liger_ce() -> Contender:
+    # liger-kernel 0.8.5, README: the SFT loss in Triton
+    _needs_gpu()
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return Contender(None, {"sft": partial(_mean_of_rows, lambda x, w, y: loss(w, x, y))})
 
 
 def _torch_lce(chunked: bool) -> Contender:
     # torch 2.13, nn.functional.linear_cross_entropy: options=None forms all logits; LinearCrossEntropyOptions() picks
-    # chunk and precision for the device. A preference loss needs reduction="none"
+    # chunk and precision for the device. A preference loss needs reduction="none"; the mean saves it a pass
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Absent(f"torch {torch.__version__} has no linear_cross_entropy")
     from torch.nn import LinearCrossEntropyOptions
 
     options = LinearCrossEntropyOptions() if chunked else None
@@ -160,18 +193,67 @@ def _torch_lce(chunked: bool) -> Contender:
     def rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
 
+    mean = partial(_mean_of_rows, partial(F.linear_cross_entropy, options=options))
+    return Contender(_of_rows(rows), {"sft": mean})
+
+
+def _cce(exact: bool) -> Contender:
+    # cut-cross-entropy 25.1.1, linear_cross_entropy.py. On a CPU only its compiled implementation runs, which filters
+    # nothing; on a GPU filter_eps=None is its exact mode. It leaves ignored rows out itself
+    from cut_cross_entropy import linear_cross_entropy
+
+    if exact:
+        _needs_gpu()
+    options: dict[str, Any] = {"impl": "cce"} if torch.cuda.is_available() else {"impl": "torch_compile"}
+    call = partial(linear_cross_entropy, **options, **({"filter_eps": None} if exact else {}))
+
+    def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -call(hidden, weight, targets, reduction="none")
+
+    return Contender(logps, {"sft": lambda batch: call(batch.hidden, batch.weight, batch.targets)})
+
+
+def _quack() -> Contender:
+    # quack-kernels 0.6.5, linear_cross_entropy.py: the mean or the sum alone; rows in multiples of 8
+    _needs_gpu()
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return Contender(None, {"sft": partial(_mean_of_rows, chunked_linear_cross_entropy)})
+
+
+def _verl_torch() -> Contender:
+    # verl 0.9.1, utils/experimental/torch_functional.py; its file alone, since its package imports ray
+    function = _file_of("verl", "utils/experimental/torch_functional.py").FusedLinearForPPOFunction
+
+    def rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return function.apply(hidden, weight, targets)[0]
+
     return Contender(_of_rows(rows))
 
 
-def _cce() -> Contender:
-    # cut-cross-entropy 25.1.1, linear_cross_entropy.py: the implementation that runs without a GPU. It leaves ignored
-    # rows out itself
-    from cut_cross_entropy import linear_cross_entropy
+def _verl_triton() -> Contender:
+    # verl 0.9.1, utils/kernel/linear_cross_entropy.py
+    _needs_gpu()
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-    def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="torch_compile")
+    return Contender(_of_rows(lambda x, w, y: linear_cross_entropy(x, w, y, 1.0, "none")[0]))
 
-    return Contender(logps)
+
+def _needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise Absent("its kernels are for GPUs")
+
+
+def _file_of(package: str, path: str) -> ModuleType:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {package!r}")
+    name = f"_{package}_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, Path(found.submodule_search_locations[0], path))
+    assert spec and spec.loader
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 CONTENDERS: dict[str, Callable[[], Contender]] = {
@@ -181,16 +263,27 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "liger": partial(_liger, False),
     "liger-whole": partial(_liger, True),
     "liger-logps": _liger_logps,
+    "liger-ce": _liger_ce,
     "trl": _trl,
     "torch-lce": partial(_torch_lce, False),
     "torch-lce-chunked": partial(_torch_lce, True),
-    "cce": _cce,
+    "cce": partial(_cce, False),
+    "cce-exact": partial(_cce, True),
+    "quack": _quack,
+    "verl-torch": _verl_torch,
+    "verl-triton": _verl_triton,
 }
-PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
+LOSSES_ONLY = {  # who has no log-probs, and which losses instead
+    "liger": ("dpo", "kto", "ppo", "grpo"),
+    "liger-whole": ("dpo", "kto", "ppo", "grpo"),
+    "liger-ce": ("sft",),
+    "quack": ("sft",),
+}
+PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "transformers")
 
 
 def load(name: str) -> Contender:
-    """Raises ImportError, saying what is missing, if the peer or what it needs is not installed."""
+    """Raises ImportError, saying what is missing, if the peer or what it needs is not installed; see the module."""
     # past 8 compilations of one function, for the shapes of earlier tables, torch would run it uncompiled
     torch.compiler.reset()
     return CONTENDERS[name]()
@@ -202,3 +295,9 @@ def gradients(step: Step, batch: Batch, trained_head: bool) -> tuple[float, list
     fields = {**vars(batch), "hidden": leaves[0], "weight": leaves[1]}
     loss = step(Batch(**fields))
     return loss.item(), list(torch.autograd.grad(loss, [x for x in leaves if x.requires_grad]))
+
+
+def value(step: Step, batch: Batch) -> tuple[float, list[Tensor]]:
+    """(the loss, []) without gradients."""
+    with torch.no_grad():
+        return step(batch).item(), []

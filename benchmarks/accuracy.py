@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _inputs import Exact, Shape, exact, head_weight, peaked_rows, relative_error
-from _measure import Row, Table, or_reason
-from _peers import CONTENDERS, PACKAGES, load
 from torch import Tensor
+
+from fastpref.benchmarks._inputs import Exact, Shape, exact, head_weight, peaked_rows, relative_error
+from fastpref.benchmarks._measure import Row, Table, or_reason
+from fastpref.benchmarks._peers import CONTENDERS, LOSSES_ONLY, PACKAGES, load
+from fastpref.benchmarks._settings import Settings
 
 SUM = 1024
 COLUMNS = tuple(
@@ -31,7 +33,6 @@ COLUMNS = tuple(
         ("d_weight", "d_weight_error"),
     )
 )
-SAME = ("liger-whole", "liger-logps")  # liger's log-probs again
 
 
 def real(n: int, _: Shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +73,9 @@ def weighted_sum(upstream: Tensor, logps: Tensor) -> Tensor:
 def measure(name: str, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor, true: Exact) -> Row:
     hidden, weight, targets = inputs
     leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    logps = load(name).logps(*leaves, targets)
+    scores = load(name).logps
+    assert scores is not None
+    logps = scores(*leaves, targets)
     d_hidden, d_weight = torch.autograd.grad(weighted_sum(upstream, logps.float()), leaves)
     error = logps.detach().double() - true.logps
     return {
@@ -91,35 +94,58 @@ def mark_best(rows: list[Row]) -> None:
             min(found, key=lambda row: row[key]).setdefault("best", []).append(key)
 
 
+def tables(
+    kinds: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    peers: Sequence[str],
+    tokens: int,
+    shape: Shape,
+    file: Path | None,
+) -> list[Row]:
+    """A table for each kind of input and dtype."""
+    table = Table("accuracy", COLUMNS, PACKAGES, file)
+    for kind in kinds:
+        hidden, weight, targets = INPUTS[kind](tokens, shape)
+        upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+        for dtype in dtypes:
+            inputs = hidden.to(dtype), weight.to(dtype), targets
+            true = exact(*inputs, partial(weighted_sum, upstream))
+            name = str(dtype).removeprefix("torch.")
+            table.heading(
+                f"{kind}, {name}; {targets.numel():,} tokens, H {weight.shape[1]}, V {weight.shape[0]:,}; entropy "
+                f"{true.entropy:.1f} nats, targets up to {true.gap:.0f} below the maximum"
+            )
+            about = {"inputs": kind, "dtype": name, "tokens": targets.numel()}
+            rows = [
+                {"contender": peer, **about, **or_reason(peer, partial(measure, peer, inputs, upstream, true))}
+                for peer in peers
+            ]
+            mark_best(rows)
+            for row in rows:
+                table.add(row)
+    return table.rows
+
+
+def run(settings: Settings) -> list[Row]:
+    """Real inputs for the model at hand and peaked ones, in every dtype; --quick: 256 peaked tokens."""
+    kinds = ("peaked",) if settings.quick else tuple(INPUTS)
+    peers = [name for name in settings.contenders or CONTENDERS if name not in LOSSES_ONLY]
+    tokens = 256 if settings.quick else 8 * SUM
+    return tables(kinds, settings.dtypes, peers, tokens, settings.shapes[0], settings.json)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", nargs="+", choices=list(INPUTS), default=list(INPUTS))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    peers = [name for name in CONTENDERS if name not in SAME]
+    peers = [name for name in CONTENDERS if name not in LOSSES_ONLY]
     parser.add_argument("--peers", nargs="+", choices=peers, default=peers)
     parser.add_argument("--tokens", type=int, default=8 * SUM)
     parser.add_argument("--shape", type=Shape.parse, default=Shape(576, 49_152), help="of peaked")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
-    table = Table("accuracy", COLUMNS, PACKAGES, chosen.json)
-    for kind in chosen.inputs:
-        hidden, weight, targets = INPUTS[kind](chosen.tokens, chosen.shape)
-        upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
-        for dtype in chosen.dtype:
-            inputs = hidden.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype)), targets
-            true = exact(*inputs, partial(weighted_sum, upstream))
-            table.heading(
-                f"{kind}, {dtype}; {targets.numel():,} tokens, H {weight.shape[1]}, V {weight.shape[0]:,}; entropy "
-                f"{true.entropy:.1f} nats, targets up to {true.gap:.0f} below the maximum"
-            )
-            about = {"inputs": kind, "dtype": dtype, "tokens": targets.numel()}
-            rows = [
-                {"contender": name, **about, **or_reason(name, partial(measure, name, inputs, upstream, true))}
-                for name in chosen.peers
-            ]
-            mark_best(rows)
-            for row in rows:
-                table.add(row)
+    dtypes = [getattr(torch, name) for name in chosen.dtype]
+    tables(chosen.inputs, dtypes, chosen.peers, chosen.tokens, chosen.shape, chosen.json)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _inputs import Batch, Exact, Shape, batch, exact, exact_logps, relative_error
-from _measure import MIB, Row, Table, against, allocated, bare_products, fastest_products, or_reason
-from _peers import CONTENDERS, PACKAGES, clipped_of_tokens, dpo_of_sums, gradients, load
 from torch import Tensor
 
 from fastpref import plan
+from fastpref.benchmarks._inputs import Batch, Exact, Shape, batch, exact, exact_logps, relative_error
+from fastpref.benchmarks._losses import clipped_of_tokens, dpo_of_sums
+from fastpref.benchmarks._measure import MIB, Row, Table, against, allocated, bare_products, fastest_products, or_reason
+from fastpref.benchmarks._peers import CONTENDERS, PACKAGES, gradients, load
 
 SHAPES = ("576x49152", "896x151936", "2048x32000")
 COLUMNS = (

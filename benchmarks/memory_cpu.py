@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _inputs import Batch, Shape, batch
-from _measure import MIB, Row, Table, against, or_reason, resident
-from _peers import BETA, PACKAGES, dpo_of_sums, gradients, naive_logps
 from torch import Tensor
 
 from fastpref import linear_preference_loss, plan
+from fastpref.benchmarks._inputs import Batch, Shape, batch
+from fastpref.benchmarks._losses import BETA, dpo_of_sums
+from fastpref.benchmarks._measure import MIB, Row, Table, against, or_reason, resident
+from fastpref.benchmarks._peers import PACKAGES, gradients, naive_logps
 
 COLUMNS = (
     ("resident MiB", "resident_MiB", ".0f"),

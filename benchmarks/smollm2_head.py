@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _inputs import relative_error
-from _measure import MIB, Table, resident, seconds
-from _peers import BETA, dpo_of_sums, naive_logps
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref import fused_lm_head, linear_logps, linear_preference_loss
+from fastpref.benchmarks._inputs import relative_error
+from fastpref.benchmarks._losses import BETA, dpo_of_sums
+from fastpref.benchmarks._measure import MIB, Table, resident, seconds
+from fastpref.benchmarks._peers import naive_logps
 from fastpref.trainer.collate import collate
 from fastpref.trainer.data import sequences_of, tokenize_pairs
 from fastpref.trainer.demo import demo_model, demo_pairs
@@ -92,7 +93,8 @@ def measure(dtype: torch.dtype, n_pairs: int, rounds: int = 5) -> list[dict[str,
     true_loss, true_head = head_gradients(hidden.double(), weight.double(), eager_loss, bound)
     truth = parameter_gradients(exact, batch, partial(eager_loss, **bound))
 
-    rows, steps = [], {}
+    rows: list[dict[str, Any]] = []
+    steps: dict[str, Callable[[], object]] = {}
     for name, head in {"eager": eager_loss, "fastpref": fused_loss}.items():
         loss, gradients = head_gradients(hidden, weight, head, bound)
         steps[name] = partial(head_gradients, hidden, weight, head, bound)

@@ -1,58 +1,182 @@
-"""The benchmark scripts at tiny shapes: every row they were asked for is there, and fastpref's are right."""
+"""The benchmarks at tiny shapes: every row asked for is there, fastpref's are right, nobody's is made up."""
 
 import json
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-OURS, CONTRACT = "fastpref", {"bfloat16": 3e-3, "float32": 3e-6}
+from fastpref.benchmarks import _losses, _measure, accuracy, check, head, head_cpu, memory, memory_cpu, scaling
+from fastpref.benchmarks._inputs import MODELS, Shape, batch
+from fastpref.benchmarks._peers import CONTENDERS, Contender, load, naive_logps
+from fastpref.benchmarks._settings import Settings, sizes
+from fastpref.benchmarks.cli import parser, settings_of
+from fastpref.trainer import cli
+
+CONTRACT, EAGER = {"bfloat16": 3e-3, "float32": 3e-6}, {"bfloat16": 0.05, "float32": 1e-5}
+TINY = Settings(shapes=(Shape(32, 1003),), pairs=2, length=12, rounds=2, contenders=("fastpref", "naive", "cce"))
 
 
 @pytest.fixture
-def rows(tmp_path, monkeypatch):
+def rows(tmp_path):
     """rows(script, *arguments) -> the rows it wrote."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
     def run(script, *arguments):
-        found = tmp_path / f"{script}.jsonl"
-        module = __import__(script)
-        module.main([*map(str, arguments), "--json", str(found)])
+        found = tmp_path / f"{script.__name__}.jsonl"
+        script.main([*map(str, arguments), "--json", str(found)])
         return [json.loads(line) for line in found.read_text().splitlines()]
 
     return run
 
 
-def test_head_cpu(rows, monkeypatch):
+def test_head_has_a_row_for_each_loss_head_dtype_and_contender(monkeypatch):
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)  # as if it were not installed
-    peers = ("fastpref", "naive", "cce")
-    found = rows("head_cpu", "--shapes", "32x1003", "--pairs", 2, "--length", 12, "--rounds", 2, "--peers", *peers)
-    assert len(found) == 2 * 2 * 2 * len(peers)
+    found = head.run(TINY.but(losses=("score", "dpo", "ppo")))
+    assert len(found) == (1 + 2 * 2) * 2 * 3  # a score has no head to train
     for row in found:
         if row["contender"] == "cce":
             assert "cut_cross_entropy" in row["reason"]
             continue
-        assert row["tokens"] == 4 * 6 and row["seconds"] > 0 and row["bare_s"] > 0
-        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
-        assert ("d_weight_error" in row) == (row["head"] == "trained")
-        assert row["bare_products"] == 2 + (row["head"] == "trained") + (row["loss"] == "dpo")
-        assert row["torch"] and row["device"] and row["threads"] >= 1
-    ours = [row for row in found if row["contender"] == OURS]
-    naive = [row for row in found if row["contender"] == "naive"]
-    for one, other in zip(ours, naive, strict=True):
-        allowed = CONTRACT[one["dtype"]]
-        assert one["d_hidden_error"] <= allowed and one.get("d_weight_error", 0.0) <= allowed
-        assert one["loss_error"] <= 1e-5
+        reference, trained = row["loss"] in ("dpo", "kto"), row["head"] == "trained"
+        assert row["bare_products"] == (1 if row["loss"] == "score" else 2 + trained) + reference
+        assert row["bare_flops"] == row["bare_products"] * 2 * 24 * 32 * 1003
+        assert row["tokens"] == 24 and row["tokens_per_s"] == pytest.approx(24 / row["seconds"])
+        assert row["seconds"] > 0 and row["bare_s"] > 0 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        assert ("d_weight_error" in row) == trained and ("d_hidden_error" in row) == (row["loss"] != "score")
         # the eager step is another computation of the same number
-        assert other["loss_error"] <= {"bfloat16": 5e-2, "float32": 1e-5}[one["dtype"]]
-        assert one["positions"] == 24 and other["positions"] == 48
+        allowed = (CONTRACT if row["contender"] == "fastpref" else EAGER)[row["dtype"]]
+        assert row.get("d_hidden_error", 0.0) <= allowed and row.get("d_weight_error", 0.0) <= allowed
+        assert row["positions"] == (24 if row["contender"] == "fastpref" else 48)
+        assert row["torch"] and row["device"] and row["threads"] >= 1 and row["commit"]
+
+
+def test_a_wrong_answer_is_not_timed(monkeypatch):
+    def halved(hidden, weight, targets):
+        return naive_logps(hidden, weight, targets) * 0.5
+
+    monkeypatch.setitem(CONTENDERS, "naive", lambda: Contender(halved))
+    (row,) = head.run(TINY.but(losses=("sft",), heads=("frozen",), dtypes=(torch.float32,), contenders=("naive",)))
+    assert row["reason"].startswith("wrong: loss_error") and "seconds" not in row
+    monkeypatch.setitem(CONTENDERS, "fastpref", lambda: Contender(halved))
+    with pytest.raises(_measure.WrongAnswer):
+        head.run(TINY.but(losses=("sft",), heads=("frozen",), dtypes=(torch.float32,), contenders=("fastpref",)))
+
+
+@pytest.mark.parametrize("loss", _losses.LOSSES)
+def test_truth_is_autograd_in_float64(loss):
+    inputs = batch(Shape(8, 50), 2, 6, torch.float64, sampled=True)
+    hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
+    ref = naive_logps(inputs.ref_hidden, inputs.ref_weight, inputs.targets).sum(-1)
+    value = _losses.LOSSES[loss].of(naive_logps(hidden, weight, inputs.targets), inputs, ref)
+    value.backward()
+    true = head.truth(loss, inputs)
+    assert true.loss == pytest.approx(float(value.detach()), rel=1e-12)
+    torch.testing.assert_close(true.d_hidden, hidden.grad.flatten(0, 1)[inputs.live], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(true.d_weight, weight.grad.float(), rtol=1e-5, atol=1e-8)
+
+
+def test_peers_that_need_a_gpu_say_so():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    for name in ("liger-ce", "cce-exact", "quack", "verl-triton"):
+        if name == "cce-exact":
+            pytest.importorskip("cut_cross_entropy")
+        with pytest.raises(_measure.Absent, match="for GPUs"):
+            load(name)
+
+
+def test_a_batch_fits_the_machine_and_keeps_the_models_head():
+    for name in MODELS:
+        shape = Shape.parse(name)
+        pairs, length = sizes(shape, Settings())
+        assert shape.model == name and pairs >= 1 and length >= 32
+    assert sizes(Shape.parse("SmolLM2-135M"), Settings()) == (4, 256)
+    assert sizes(Shape.parse("Gemma-3-12B"), Settings())[1] < 256
+    with pytest.raises(ValueError, match="SmolLM2-135M"):
+        Shape.parse("SmolLM2")
+
+
+def test_the_longest_sequence_is_found_to_an_eighth():
+    asked = []
+
+    def fits(n):
+        asked.append(n)
+        return n <= 1000
+
+    found, bounded = memory.longest(fits, lambda n: False, 8192)
+    assert not bounded and 875 <= found <= 1000 and len(asked) <= 10
+    assert memory.longest(lambda n: True, lambda n: False, 500) == (256, True)
+    assert memory.longest(lambda n: True, lambda n: n >= 128, 8192) == (128, True)
+    assert memory.longest(lambda n: False, lambda n: False, 8192) == (0, False)
+
+
+def test_memory_of_the_fused_head_lets_a_longer_sequence_in():
+    settings = TINY.but(shapes=(Shape(16, 20011),), dtypes=(torch.float32,), contenders=("fastpref", "naive"))
+    ours, naive = memory.run(settings.but(memory_gib=0.04))
+    longest = ours.get("length", ours.get("at_least", 0))
+    assert ours["extra_MiB"] <= 41 and (longest > naive.get("length", 0) or "reason" in naive)
+
+
+def test_slope():
+    assert scaling.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_check_names_what_became_worse():
+    row = {"kernel": "amx", "threads": 2, "loss": "dpo", "head": "trained", "model": "M", "dtype": "bfloat16"}
+    key = check.key({**row, "ratio": 1.0})
+    assert check.worse([{**row, "ratio": 1.2}], {key: 1.0}) == []
+    assert check.worse([{**row, "ratio": 1.3}], {key: 1.0}) == [f"{key}: 1.30, was 1.00, more than 25% worse"]
+    assert check.worse([{**row, "ratio": 1.0}], {}) == [f"{key}: 1.00, no baseline"]
+
+
+def test_command_writes_rows_and_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    options = "--shape 32x1003 --pairs 1 --length 8 --rounds 2 --dtype float32 --contenders fastpref naive"
+    options += " --loss dpo --head trained"
+    files = ["--json", str(tmp_path / "rows.jsonl"), "--plot", str(tmp_path / "plot.png")]
+    assert cli.main(["bench", "head", *options.split(), *files]) == 0
+    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["contender"] for row in found] == ["fastpref", "naive"] and found[0]["benchmark"] == "head"
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert "bound: 4 products" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["heads"], "suites must be of head"),
+        (["--shape", "12"], "shape must be HxV"),
+        (["--device", "cuda"], "no CUDA"),
+    ],
+)
+def test_command_refuses(arguments, words, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert cli.main(["bench", *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_quick_asks_for_less():
+    quick, whole = (settings_of(parser().parse_args(words)) for words in (["--quick"], []))
+    assert quick.quick and quick.rounds < whole.rounds and len(quick.losses) < len(whole.losses)
+
+
+def test_importing_fastpref_leaves_the_benchmarks_alone():
+    code = "import sys, fastpref; print([name for name in sys.modules if name.startswith('fastpref.benchmarks')])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_head_cpu(rows, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
+    found = rows(head_cpu, "--shapes", "32x1003", "--pairs", 2, "--length", 12, "--rounds", 2, "--peers", "fastpref")
+    assert len(found) == 2 * 2 * 2
 
 
 def test_memory_cpu(rows):
     # 1,024 completion tokens of 16,003 logits: a chunk of 31 MiB in bf16
     options = ("--shape", "32x16003", "--pairs", 4, "--length", 256, "--rounds", 1, "--head", "trained")
-    found = {row["contender"]: row for row in rows("memory_cpu", *options, "--workspace", 64)}
+    found = {row["contender"]: row for row in rows(memory_cpu, *options, "--workspace", 64)}
     ours, naive = found["fastpref 64"], found["naive"]
     assert 0.8 * ours["chunk_MiB"] <= ours["resident_MiB"] <= ours["planned_MiB"] + 16
     assert ours["resident_MiB"] < naive["resident_MiB"] / 4
@@ -62,8 +186,8 @@ def test_memory_cpu(rows):
 
 def test_accuracy(rows):
     options = ("--inputs", "peaked", "--tokens", 128, "--shape", "32x1003", "--peers", "fastpref", "naive")
-    for row in rows("accuracy", *options):
-        if row["contender"] == OURS:
+    for row in rows(accuracy, *options):
+        if row["contender"] == "fastpref":
             assert row["rms"] <= 1e-5 and row["sum"] <= 1e-3
             assert max(row["d_hidden_error"], row["d_weight_error"]) <= CONTRACT[row["dtype"]]
         elif row["dtype"] == "bfloat16":

@@ -1,4 +1,4 @@
-"""The `fastpref` command: `fastpref dpo|plan|doctor ...`, also as `python -m fastpref`.
+"""The `fastpref` command: `fastpref dpo|plan|bench|doctor ...`, also as `python -m fastpref`.
 
 Each command is a module with `main(argv) -> exit code`, imported only when it is called.
 """
@@ -19,6 +19,11 @@ COMMANDS = {  # name: module, what it needs beyond fastpref's own requirements, 
         "tune a model on preference pairs (DPO and its relatives); without options, a demo",
     ),
     "plan": ("fastpref.trainer.plan_table", (), "what the head of a model costs: passes, FLOPs, memory, beside peers"),
+    "bench": (
+        "fastpref.benchmarks.cli",
+        (),
+        "time, memory and accuracy of the head, GAE and the trainer beside others",
+    ),
     "doctor": ("fastpref.trainer.doctor", (), "versions, devices and backends of this machine, and why not"),
 }
 

@@ -1,0 +1,60 @@
+"""`fastpref bench --check`: has a ratio become worse than baseline.json says?
+
+A ratio is a step over the bare products timed in the same rounds, so it holds across machines better than seconds do;
+still it belongs to a processor's kernel (avx2, avx512, avx512bf16, amx), and each has its own rows. `--update` (of
+python -m fastpref.benchmarks.check) writes this machine's rows.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastpref.benchmarks import head
+from fastpref.benchmarks._measure import Row
+from fastpref.benchmarks._settings import Settings
+
+BASELINE = Path(__file__).with_name("baseline.json")
+TOLERANCE = 0.25  # of the ratio: rounds of one machine differ by a tenth
+WHAT = Settings(
+    losses=("score", "sft", "dpo", "ppo"), contenders=("fastpref",), dtypes=(torch.bfloat16, torch.float32), rounds=7
+)
+
+
+def key(row: Row) -> str:
+    return " ".join(str(row[name]) for name in ("kernel", "threads", "loss", "head", "model", "dtype"))
+
+
+def worse(rows: Sequence[Row], baseline: dict[str, float], tolerance: float = TOLERANCE) -> list[str]:
+    """A line for each row whose ratio is above its baseline by more than `tolerance`, or has none."""
+    lines = []
+    for row in rows:
+        least = baseline.get(key(row))
+        if least is None:
+            lines.append(f"{key(row)}: {row['ratio']:.2f}, no baseline")
+        elif row["ratio"] > least * (1 + tolerance):
+            lines.append(f"{key(row)}: {row['ratio']:.2f}, was {least:.2f}, more than {tolerance:.0%} worse")
+    return lines
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write this machine's rows to baseline.json")
+    chosen = parser.parse_args(arguments)
+    rows = head.run(WHAT)
+    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    if chosen.update:
+        baseline |= {key(row): round(row["ratio"], 3) for row in rows}
+        BASELINE.write_text(json.dumps(dict(sorted(baseline.items())), indent=1) + "\n")
+        return 0
+    lines = worse(rows, baseline)
+    print("\n" + ("\n".join(lines) or f"{len(rows)} ratios are within {TOLERANCE:.0%} of the baseline"))
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))
