@@ -10,8 +10,8 @@ from fastpref.losses._protocol import couples
 from fastpref.losses.dpo import dpo_loss
 from fastpref.losses.pairs import Pairs, Tokens
 from fastpref.losses.policy import PolicyOutput, policy_loss
-from fastpref.losses.reward import reward_loss
-from fastpref.losses.rewards import (
+from fastpref.losses.reward_loss import reward_loss
+from fastpref.losses.shaping import (
     AdaptiveKL,
     RunningMoments,
     normalize_rewards,
@@ -22,7 +22,7 @@ from fastpref.losses.rewards import (
 from fastpref.losses.surrogates import Rollout
 from fastpref.losses.unpaired import Unpaired, kto_kl, kto_loss
 from fastpref.losses.value import value_loss
-from fastpref.modules import LinearDPOLoss, LinearKTOLoss
+from fastpref.modules import LinearDPOLoss, LinearKTOLoss, LinearPPOLoss
 from fastpref.ops.gae import gae
 from fastpref.ops.linear_divergence import linear_divergence
 from fastpref.ops.linear_logps import LogPs, linear_logps
@@ -35,6 +35,7 @@ __all__ = [
     "AdaptiveKL",
     "LinearDPOLoss",
     "LinearKTOLoss",
+    "LinearPPOLoss",
     "LogPs",
     "Pairs",
     "Plan",

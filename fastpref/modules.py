@@ -4,7 +4,7 @@
     loss(hidden, weight, targets, ref_logps=ref_logps).loss.backward()
 
 A module is a function with some of its keywords given; the rest come with the call. Each of the other losses is a
-loss_type of one of them: LinearDPOLoss("simpo", beta=2.0), LinearKTOLoss("apo_zero_unpaired").
+loss_type of one of them: LinearDPOLoss("simpo", beta=2.0), LinearKTOLoss("apo_zero_unpaired"), LinearPPOLoss("grpo").
 """
 
 import inspect
@@ -13,10 +13,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fastpref.heads.policy import linear_policy_loss
 from fastpref.heads.preference import PreferenceOutput, linear_preference_loss
 from fastpref.heads.unpaired import UnpairedOutput, linear_unpaired_loss
 from fastpref.losses._protocol import Loss, resolve
+from fastpref.losses.policy import PolicyOutput
 from fastpref.losses.preference import PREFERENCE_LOSSES
+from fastpref.losses.surrogates import POLICY_LOSSES
 from fastpref.losses.unpaired import UNPAIRED_LOSSES
 
 LossType = str | Loss | Sequence[str | Loss]
@@ -25,6 +28,7 @@ LossType = str | Loss | Sequence[str | Loss]
 class _LinearLoss(nn.Module):
     function: ClassVar[Callable[..., Any]]
     table: ClassVar[dict[str, Loss]]
+    given: ClassVar[tuple[str, ...]] = ("beta",)  # keywords that every loss of the table gets
 
     def __init__(self, loss_type: LossType, options: dict[str, Any]) -> None:
         super().__init__()
@@ -33,7 +37,7 @@ class _LinearLoss(nn.Module):
             if isinstance(value, Tensor):
                 raise TypeError(f"{name}: {option} must be no tensor, which belongs to a batch: give it with each call")
         own = {option: value for option, value in options.items() if option not in keywords}
-        resolve(name, self.table, loss_type, options.get("loss_weights"), own)
+        resolve(name, self.table, loss_type, options.get("loss_weights"), own, self.given)
         self.options = {"loss_type": loss_type, **options}
 
     def _call(self, *tensors: Tensor, **given: Any) -> Any:
@@ -77,6 +81,20 @@ class LinearKTOLoss(_LinearLoss):
         self, hidden: Tensor, weight: Tensor, targets: Tensor, desirable: Tensor, **given: Any
     ) -> UnpairedOutput:
         return self._call(hidden, weight, targets, desirable, **given)
+
+
+class LinearPPOLoss(_LinearLoss):
+    """`linear_policy_loss` with its options held: PPO, or any loss of sampled tokens. Raises as LinearDPOLoss does."""
+
+    function = staticmethod(linear_policy_loss)
+    table = POLICY_LOSSES
+    given = ()
+
+    def __init__(self, loss_type: LossType = "ppo", **options: Any) -> None:
+        super().__init__(loss_type, options)
+
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **given: Any) -> PolicyOutput:
+        return self._call(hidden, weight, targets, **given)
 
 
 def _shown(value: Any) -> str:

@@ -86,11 +86,11 @@ DPO_REFUSALS = {
     "no reference": (
         {"ref_chosen_logps": None, "ref_rejected_logps": None},
         ValueError,
-        "this loss needs ref_chosen_logps .*reference_free=True",
+        "sigmoid needs ref_chosen_logps, or reference_free=True; got None",
     ),
     "half a reference": ({"ref_rejected_logps": None}, ValueError, "ref_chosen_logps and ref_rejected_logps go togeth"),
     "two meanings": ({"reference_free": True}, ValueError, "reference_free=True and reference log-probs were both"),
-    "lengths": ({"loss_type": "ipo"}, ValueError, "this loss needs chosen_lengths"),
+    "lengths": ({"loss_type": "ipo"}, ValueError, "ipo needs chosen_lengths; got None"),
     "length shape": (
         {"loss_type": "ipo", "chosen_lengths": torch.ones(2), "rejected_lengths": torch.ones(3)},
         ValueError,

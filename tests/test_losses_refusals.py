@@ -84,7 +84,7 @@ def test_refused_options(name, function):
 SUMS = {
     "no tokens, ld_alpha": ({"ld_alpha": 0.5}, ValueError, "ld_alpha needs log-probs per token: give tokens"),
     "no tokens, weighting": ({"use_weighting": True}, ValueError, "use_weighting needs log-probs per token"),
-    "no tokens, unlikelihood": ({"loss_type": "unlikelihood"}, ValueError, "this loss needs tokens and has none"),
+    "no tokens, unlikelihood": ({"loss_type": "unlikelihood"}, ValueError, "unlikelihood needs tokens; got None"),
     "no reference per token": (
         {"ld_alpha": 0.5, "tokens": lambda c: tokens_of(c, ref_logps=None)},
         ValueError,
@@ -115,7 +115,7 @@ SUMS = {
         f"no {what}, {name}": (
             {"loss_type": name, **({"no_reference": True} if what == "ref_chosen_logps" else {})},
             ValueError,
-            f"this loss needs {what} and has none",
+            f"{name} needs {what}.*; got None",
         )
         for what, names in {
             "ref_chosen_logps": (

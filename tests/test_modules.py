@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fastpref import LinearDPOLoss, LinearKTOLoss, linear_preference_loss, linear_unpaired_loss
+from fastpref import (
+    LinearDPOLoss,
+    LinearKTOLoss,
+    LinearPPOLoss,
+    linear_policy_loss,
+    linear_preference_loss,
+    linear_unpaired_loss,
+)
 from tests._oracle import assert_same_bits, pairs, reference_of
 
 LABELS = torch.tensor([True, False, True, True, False, False])
@@ -42,6 +49,16 @@ def test_kto(held):
     assert_same_bits(out.loss, want.loss)
 
 
+@pytest.mark.parametrize("held", [{}, {"loss_type": "cispo", "epsilon_high": 2.0, "entropy_coef": 0.01}])
+def test_ppo(held):
+    args = pairs()
+    advantages = torch.linspace(-1, 1, args["targets"].shape[0])
+    out = LinearPPOLoss(**held)(**args, advantages=advantages)
+    want = linear_policy_loss(**args, advantages=advantages, **held)
+    assert type(out) is type(want)
+    assert_same_bits(out.loss, want.loss)
+
+
 def test_repr_says_what_is_held():
     assert repr(LinearDPOLoss()) == "LinearDPOLoss(loss_type='sigmoid', beta=0.1)"
     shown = "LinearDPOLoss(loss_type=['ipo', mine], beta=0.5, loss_weights=[1.0, 2.0], softcap=30.0)"
@@ -50,11 +67,16 @@ def test_repr_says_what_is_held():
 
 
 def test_no_parameters_and_no_state():
-    loss = torch.nn.Sequential(LinearDPOLoss("simpo"), LinearKTOLoss())
+    loss = torch.nn.Sequential(LinearDPOLoss("simpo"), LinearKTOLoss(), LinearPPOLoss("grpo"))
     assert not list(loss.parameters()) and not loss.state_dict()
 
 
 REFUSALS = {
+    "ppo, option": (
+        lambda: LinearPPOLoss("grpo", epsilom=0.1),
+        TypeError,
+        r"LinearPPOLoss: 'epsilom' is no option of grpo",
+    ),
     "name": (lambda: LinearDPOLoss("sigmod"), ValueError, r"LinearDPOLoss: loss_type .*did you mean 'sigmoid'"),
     "name of the others": (lambda: LinearKTOLoss("sigmoid"), ValueError, r"LinearKTOLoss: loss_type must be .* kto"),
     "option": (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastpref import Rollout, couples, policy_loss
+from fastpref.losses.surrogates import POLICY_LOSSES
 from tests._policy import MAX_LENGTH, OPTIONS, arguments, packed, rollout, true_loss
 
 EXTRA = {"ref_logps": True, "kl_coef": 0.3}
@@ -352,3 +353,7 @@ def test_refuses_bounds_that_do_not_fit(bounds):
         policy_loss(**flat, advantages=flat["logps"], cu_seqlens=torch.tensor(bounds))
     with pytest.raises(ValueError, match=r"^policy_loss: packed logps .N,. needs cu_seqlens"):
         policy_loss(**flat, advantages=flat["logps"])
+
+
+def test_every_loss_of_the_table_has_a_row():
+    assert {loss_type for loss_type, *_ in OPTIONS.values()} == set(POLICY_LOSSES)

@@ -22,7 +22,11 @@ def flat(**changes):
 NONE = {"ref_logps": None}
 TYPES = r"loss_type must be a function or one of sigmoid, robust, hinge, .*"
 REFUSALS = {
-    "no reference": (NONE, ValueError, r"this loss needs .*ref.*or reference_free=True"),
+    "no reference": (
+        NONE,
+        ValueError,
+        r"sigmoid needs ref_logps \(or ref_hidden and ref_weight\), or reference_free=True; got None",
+    ),
     "two references": ({"reference_free": True}, ValueError, "give one reference; got ref_logps and reference_free"),
     "sums and tokens": ({"ref_token_logps": torch.zeros(4, 9)}, ValueError, "give one reference; got ref_logps and"),
     "ref_hidden alone": (

@@ -27,8 +27,8 @@ def on_logps(**changes):
 
 
 BOTH = {
-    "no reference": ({"ref_logps": None}, ValueError, r"this loss needs ref_logps and has none.*reference_free=True"),
-    "no kl": ({"kl": None}, ValueError, "this loss needs kl and has none: give it"),
+    "no reference": ({"ref_logps": None}, ValueError, r"kto needs ref_logps.*, or reference_free=True; got None"),
+    "no kl": ({"kl": None}, ValueError, "kto needs kl; got None"),
     "kl of each": (
         {"kl": torch.zeros(3)},
         ValueError,

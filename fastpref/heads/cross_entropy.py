@@ -85,9 +85,9 @@ def linear_cross_entropy(
     loss = 0.0 - logps  # not -logps: a skipped token's loss is 0, not -0
     if label_smoothing:
         # sum_v log p_v / V = log p_y - (z_y - mean_v z_v)
-        margin = label_margin(flat, found["mean_logits"].detach())
+        margin = label_margin(flat, found["mean_logits"])
         margin = margin.sum() if summed else margin
-        if softcap is not None:  # which label_margin does not differentiate
+        if softcap is not None and backend != "reference":  # label_margin differentiates it on that one alone
             # d T log softmax(z / T)_y / dz_v = 1[v = y] - softmax(z / T)_v: at a high T the margin's, 1[v = y] - 1 / V
             hot, _ = _logps(flat._replace(inv_temperature=flat.inv_temperature / HOT), summed, max_extra_bytes)
             margin = margin + HOT * (hot - hot.detach())

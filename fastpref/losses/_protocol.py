@@ -5,7 +5,8 @@
 
 Nothing is reduced, nothing is kept, nothing has a side effect. A loss's options are its own keywords: one given to a
 loss that does not own it is an error. `couples` tells the fused head which log-probs must be at hand together:
-"token", "sequence", "pair" (the term of pair i depends on pair i alone) or "batch". Undeclared means "batch".
+"token", "sequence", "pair" (the term of pair i depends on pair i alone) or "batch". Undeclared means "batch". What else
+is to be known of a loss is declared with it, as one of TRAITS.
 """
 
 import difflib
@@ -19,18 +20,37 @@ from torch import Tensor
 COUPLINGS = ("token", "sequence", "pair", "batch")
 Loss = Callable[..., Tensor]
 F = TypeVar("F", bound=Loss)
+# what a loss may declare beside what it couples, and what holds where it does not
+TRAITS: dict[str, Any] = {
+    "reference": True,  # of pairs: the reference enters, so that ld_alpha has something to discount
+    "f_divergence": False,  # of pairs: it sees chosen_scores and rejected_scores, which f_divergence_type changes
+    "mean_rewards": False,  # of pairs: its reward is beta log pi(y) / |y|
+    "reduction": "mean",  # of policies: where the caller does not say
+    "metrics": None,  # of policies: (rollout, the loss's options) -> what measures it
+}
 
 
-def couples(what: str) -> Callable[[F], F]:
-    """Declares what a term of the loss depends on."""
+def couples(what: str, **traits: Any) -> Callable[[F], F]:
+    """Declares what a term of the loss depends on, and its traits."""
     if what not in COUPLINGS:
         raise ValueError(f"couples: must be one of {', '.join(COUPLINGS)}; got {what!r}")
+    if unknown := sorted(traits.keys() - TRAITS.keys()):
+        raise TypeError(f"couples: a trait must be one of {', '.join(TRAITS)}; got {unknown[0]!r}")
 
     def declare(loss: F) -> F:
-        loss.couples = what  # type: ignore[attr-defined]
+        for name, value in {"couples": what, **traits}.items():
+            setattr(loss, name, value)
         return loss
 
     return declare
+
+
+def trait(loss: Loss, name: str) -> Any:
+    return getattr(loss, name, TRAITS[name])
+
+
+class Missing(ValueError):
+    """What a loss needs and was not given, as the caller's argument is called."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,10 @@ class Term:
     options: dict[str, Any]
 
     def __call__(self, fn: str, like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        losses = self.loss(*args, **kwargs, **self.options)
+        try:
+            losses = self.loss(*args, **kwargs, **self.options)
+        except Missing as missing:
+            raise ValueError(f"{fn}: {_name(self.loss)} needs {missing}; got None") from None
         if not isinstance(losses, Tensor) or losses.shape != like.shape:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"{fn}: {_name(self.loss)} must return a tensor of shape {tuple(like.shape)}; got {got}")

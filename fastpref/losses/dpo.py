@@ -1,6 +1,6 @@
 """A preference loss with its options bound, and `dpo_loss`, which applies it to sums of log-probabilities."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastpref.losses import _f_divergence
-from fastpref.losses._protocol import Loss, Terms, resolve
+from fastpref.losses._protocol import Loss, Terms, resolve, trait
 from fastpref.losses.pairs import Pairs, Tokens, per_token
-from fastpref.losses.preference import OF_MEANS, OF_SCORES, PREFERENCE_LOSSES, WITHOUT_REFERENCE, mean_logps, sft
+from fastpref.losses.preference import PREFERENCE_LOSSES, mean_logps, sft
 from fastpref.ops import _check
 
 
@@ -37,7 +37,7 @@ class PairLoss:
         """
         pairs = self._seen(pairs)
         chosen, rejected = pairs.chosen_logps, pairs.rejected_logps
-        if any(term.loss in OF_MEANS for term in self.terms.terms):
+        if any(trait(term.loss, "mean_rewards") for term in self.terms.terms):
             chosen, rejected = mean_logps(pairs)
         elif pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None:
             chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
@@ -71,12 +71,11 @@ def bind(
     terms = resolve(fn, PREFERENCE_LOSSES, loss_type, loss_weights, options)
     coefficient = _f_divergence.check(fn, f_divergence_type, f_alpha_divergence_coef)
     if f_divergence_type != "reverse_kl":
-        _refuse_others(fn, f"f_divergence_type={f_divergence_type!r}", terms, OF_SCORES)
+        _refuse_others(fn, f"f_divergence_type={f_divergence_type!r}", terms, "f_divergence")
     if ld_alpha is not None:
         _check.number(fn, ld_alpha=ld_alpha)
         _check.between(fn, 0, 1, ld_alpha=ld_alpha)
-        with_reference = [loss for loss in PREFERENCE_LOSSES.values() if loss not in WITHOUT_REFERENCE]
-        _refuse_others(fn, "ld_alpha", terms, with_reference)
+        _refuse_others(fn, "ld_alpha", terms, "reference")
     if not isinstance(use_weighting, bool):
         raise TypeError(f"{fn}: use_weighting must be True or False; got {use_weighting!r}")
     if use_weighting and terms.couples == "batch":
@@ -87,9 +86,9 @@ def bind(
     return PairLoss(fn, terms, beta, f_divergence_type, coefficient, ld_alpha, use_weighting)
 
 
-def _refuse_others(fn: str, what: str, terms: Terms, allowed: Sequence[Callable[..., Tensor]]) -> None:
-    """Refuses a named loss that `what` does not change; sft may stand beside one that it does."""
-    losses = [term.loss for term in terms.terms]
+def _refuse_others(fn: str, what: str, terms: Terms, wanted: str) -> None:
+    """Refuses a named loss that `what` does not change, for want of a trait; sft may stand beside one that it does."""
+    losses, allowed = [term.loss for term in terms.terms], [f for f in PREFERENCE_LOSSES.values() if trait(f, wanted)]
     foreign = [loss for loss in losses if loss in PREFERENCE_LOSSES.values() and loss not in (*allowed, sft)]
     if foreign or all(loss is sft for loss in losses):
         names = ", ".join(loss.__name__ for loss in allowed)
@@ -123,8 +122,8 @@ def _discounted(pairs: Pairs, ld_alpha: float) -> Pairs:
         pairs,
         chosen_logps=pairs.chosen_logps - policy[:n_pairs],
         rejected_logps=pairs.rejected_logps - policy[n_pairs:],
-        ref_chosen_logps=pairs.need("ref_chosen_logps") - reference[:n_pairs],
-        ref_rejected_logps=pairs.need("ref_rejected_logps") - reference[n_pairs:],
+        ref_chosen_logps=None if pairs.ref_chosen_logps is None else pairs.ref_chosen_logps - reference[:n_pairs],
+        ref_rejected_logps=None if pairs.ref_rejected_logps is None else pairs.ref_rejected_logps - reference[n_pairs:],
         whole=pairs,
     )
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.losses._protocol import Loss, Terms, resolve
+from fastpref.losses._protocol import Loss, Terms, resolve, trait
 from fastpref.losses.kl import kl_estimator_named
 from fastpref.losses.surrogates import POLICY_LOSSES, Rollout
 from fastpref.ops import _check
@@ -117,7 +117,7 @@ class Objective:
         rollout = self._rollout(logps.detach())
         found: dict[str, Tensor] = {}
         for term in self.terms.terms:
-            measure = getattr(term.loss, "metrics", None)
+            measure = trait(term.loss, "metrics")
             found.update(measure(rollout, **term.options) if measure else {})
 
         def mean(x: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def objective(
 
 def _reduction(fn: str, terms: Terms) -> str:
     """That of the papers."""
-    wanted = {getattr(term.loss, "reduction", "mean") for term in terms.terms}
+    wanted = {trait(term.loss, "reduction") for term in terms.terms}
     if len(wanted) > 1:
         raise ValueError(f"{fn}: reduction must be given, as the losses differ in theirs: {', '.join(sorted(wanted))}")
     return wanted.pop()

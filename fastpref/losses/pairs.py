@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpref.losses._f_divergence import score
+from fastpref.losses._protocol import Missing
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,18 @@ class Pairs:
 
     def need(self, name: str) -> Any:
         """The field of this name; raises if it was not given."""
-        value = getattr(self, name)
-        if value is None:
-            way_out = ", or reference_free=True" if name.startswith("ref_") else ""
-            raise ValueError(f"{self.caller}: this loss needs {name} and has none: give it{way_out}")
+        return needed(getattr(self, name), name, self.caller)
+
+
+def needed(value: Any, name: str, caller: str) -> Any:
+    """value; raises if it was not given, with the names that the arguments of the caller have."""
+    if value is not None:
         return value
+    if not name.startswith("ref_"):
+        raise Missing(name)
+    of_sums = name if caller == "dpo_loss" else "ref_logps"
+    hidden = " (or ref_hidden and ref_weight)" if caller.startswith("linear_") else ""
+    raise Missing(f"{of_sums}{hidden}, or reference_free=True")
 
 
 def per_token(x: Tensor, lengths: Tensor) -> Tensor:

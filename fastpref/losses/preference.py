@@ -17,7 +17,7 @@ from fastpref.losses.pairs import Pairs, per_token
 from fastpref.ops import _check
 
 
-@couples("pair")
+@couples("pair", f_divergence=True)
 def sigmoid(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO: -log sigmoid(beta (s_w - s_l)). Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
 
@@ -27,7 +27,7 @@ def sigmoid(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tenso
     return _logistic("sigmoid", beta * pairs.margins, label_smoothing)
 
 
-@couples("pair")
+@couples("pair", f_divergence=True)
 def robust(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """rDPO: (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e), z = beta (s_w - s_l), e = label_smoothing.
 
@@ -39,14 +39,14 @@ def robust(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor
     return (label_smoothing * flipped - (1 - label_smoothing) * clean) / (1 - 2 * label_smoothing)
 
 
-@couples("pair")
+@couples("pair", f_divergence=True)
 def hinge(pairs: Pairs, *, beta: float) -> Tensor:
     """SLiC as a loss on log-ratios: max(0, 1 - beta (s_w - s_l)). Zhao et al. 2023, arXiv:2305.10425, eq. 2;
     Liu et al. 2024, arXiv:2309.06657, table 1."""
     return torch.relu(1 - beta * pairs.margins)
 
 
-@couples("pair")
+@couples("pair", f_divergence=True)
 def ipo(pairs: Pairs, *, beta: float) -> Tensor:
     """IPO: (s_w / |y_w| - s_l / |y_l| - 1 / (2 beta))^2, beta the paper's tau.
 
@@ -56,7 +56,7 @@ def ipo(pairs: Pairs, *, beta: float) -> Tensor:
     return (_mean_margins(pairs) - 1 / (2 * beta)).square()
 
 
-@couples("pair")
+@couples("pair", f_divergence=True)
 def exo_pair(pairs: Pairs, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
     """EXO: KL(sigmoid(+-z) || labels), z = beta (s_w - s_l): the reverse of the direction that DPO minimises.
 
@@ -145,7 +145,7 @@ def apo_down(pairs: Pairs, *, beta: float) -> Tensor:
     return _stable.sigmoid(beta * chosen) + _stable.sigmoid(-beta * (chosen - rejected))
 
 
-@couples("pair")
+@couples("pair", f_divergence=True)
 def discopop(pairs: Pairs, *, beta: float, discopop_tau: float = 0.05) -> Tensor:
     """DiscoPOP: -(1 - m) log sigmoid(z) + m exp(-z), m = sigmoid(z / tau), z = beta (s_w - s_l).
 
@@ -159,14 +159,14 @@ def discopop(pairs: Pairs, *, beta: float, discopop_tau: float = 0.05) -> Tensor
     return -_stable.sigmoid(-z / discopop_tau) * F.logsigmoid(z) + torch.exp(F.logsigmoid(z / discopop_tau) - z)
 
 
-@couples("pair")
+@couples("pair", f_divergence=True)
 def sigmoid_norm(pairs: Pairs, *, beta: float) -> Tensor:
     """Length-normalised DPO: -log sigmoid(beta (s_w / |y_w| - s_l / |y_l|)). Lambert et al. 2024 (Tulu 3),
     arXiv:2411.15124, section 5.1; there beta is 5, not 0.1."""
     return -F.logsigmoid(beta * _mean_margins(pairs))
 
 
-@couples("pair")
+@couples("pair", reference=False)
 def sft(pairs: Pairs, *, beta: float) -> Tensor:
     """Preferred-FT: -log pi(y_w) / |y_w|; beta has no part. Rafailov et al. 2023, arXiv:2305.18290, section 6.
 
@@ -176,7 +176,7 @@ def sft(pairs: Pairs, *, beta: float) -> Tensor:
     return pairs.chosen_nll
 
 
-@couples("pair")
+@couples("pair", reference=False)
 def cpo(pairs: Pairs, *, beta: float, cpo_alpha: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
     """CPO: -log sigmoid(beta (log pi(y_w) - log pi(y_l))) - cpo_alpha log pi(y_w) / |y_w|. No reference.
 
@@ -188,7 +188,7 @@ def cpo(pairs: Pairs, *, beta: float, cpo_alpha: float = 1.0, label_smoothing: f
     return loss + cpo_alpha * pairs.chosen_nll if cpo_alpha else loss
 
 
-@couples("pair")
+@couples("pair", reference=False, mean_rewards=True)
 def simpo(pairs: Pairs, *, beta: float, simpo_gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
     """SimPO: -log sigmoid(beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma). No reference.
 
@@ -200,7 +200,7 @@ def simpo(pairs: Pairs, *, beta: float, simpo_gamma: float = 0.5, label_smoothin
     return _logistic("simpo", beta * (chosen - rejected) - simpo_gamma, label_smoothing)
 
 
-@couples("pair")
+@couples("pair", reference=False, mean_rewards=True)
 def orpo(pairs: Pairs, *, beta: float) -> Tensor:
     """ORPO: -log p_w - beta log sigmoid(log odds_w - log odds_l), log p = log pi(y) / |y|, odds = p / (1 - p).
 
@@ -223,7 +223,7 @@ def dpop(pairs: Pairs, *, beta: float, dpop_lambda: float = 50.0) -> Tensor:
     return -F.logsigmoid(beta * (chosen - rejected - dpop_lambda * torch.relu(-chosen)))
 
 
-@couples("pair")
+@couples("pair", reference=False)
 def unlikelihood(pairs: Pairs, *, beta: float, unlikelihood_alpha: float = 1.0) -> Tensor:
     """-log pi(y_w) / |y_w| - (alpha / |y_l|) sum_t log(1 - p(y_l,t)), over the tokens of y_l. No reference, no beta.
 
@@ -245,9 +245,6 @@ PREFERENCE_LOSSES: dict[str, Loss] = {
         *(discopop, sigmoid_norm, sft, cpo, simpo, orpo, dpop, unlikelihood),
     )
 }
-OF_SCORES = (sigmoid, robust, hinge, ipo, exo_pair, discopop, sigmoid_norm)  # f_divergence_type changes them
-WITHOUT_REFERENCE = (sft, cpo, simpo, orpo, unlikelihood)
-OF_MEANS = (simpo, orpo)  # their reward is beta log pi(y) / |y|
 
 
 def mean_logps(pairs: Pairs) -> tuple[Tensor, Tensor]:

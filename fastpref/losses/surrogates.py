@@ -66,16 +66,6 @@ class Rollout:
         return self.sums(x) / self.lengths.clamp(min=1)
 
 
-def declared(what: str, reduction: str, metrics: Callable[..., Metrics] | None = None) -> Callable[[Loss], Loss]:
-    """Sets what a loss couples, how it is reduced if the caller does not say, and what measures it."""
-
-    def declare(loss: Loss) -> Loss:
-        loss.reduction, loss.metrics = reduction, metrics  # type: ignore[attr-defined]
-        return couples(what)(loss)
-
-    return declare
-
-
 def _share(rollout: Rollout, x: Tensor, by_sequence: bool) -> Tensor:
     """Mean of x over the tokens that count, or over sequences, where a sequence has one ratio."""
     if by_sequence:
@@ -141,7 +131,7 @@ def _of_whole_sequences(rollout: Rollout) -> Tensor:
     return bounded_exp(rollout.sums(rollout.log_ratios))[rollout.sequence]
 
 
-@declared("token", "mean", _clip_metrics(_of_tokens))
+@couples("token", reduction="mean", metrics=_clip_metrics(_of_tokens))
 def ppo(
     rollout: Rollout, *, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None
 ) -> Tensor:
@@ -153,7 +143,7 @@ def ppo(
     return _clipped("ppo", rollout.ratios, rollout, epsilon, epsilon_high, delta)
 
 
-@declared("token", "sequence_mean", _clip_metrics(_of_tokens))
+@couples("token", reduction="sequence_mean", metrics=_clip_metrics(_of_tokens))
 def grpo(
     rollout: Rollout, *, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None
 ) -> Tensor:
@@ -165,7 +155,7 @@ def grpo(
     return _clipped("grpo", rollout.ratios, rollout, epsilon, epsilon_high, delta)
 
 
-@declared("token", "constant", _clip_metrics(_of_tokens))
+@couples("token", reduction="constant", metrics=_clip_metrics(_of_tokens))
 def dr_grpo(
     rollout: Rollout, *, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None
 ) -> Tensor:
@@ -176,7 +166,7 @@ def dr_grpo(
     return _clipped("dr_grpo", rollout.ratios, rollout, epsilon, epsilon_high, delta)
 
 
-@declared("token", "mean", _clip_metrics(_of_tokens))
+@couples("token", reduction="mean", metrics=_clip_metrics(_of_tokens))
 def bnpo(
     rollout: Rollout, *, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None
 ) -> Tensor:
@@ -188,7 +178,7 @@ def bnpo(
     return _clipped("bnpo", rollout.ratios, rollout, epsilon, epsilon_high, delta)
 
 
-@declared("token", "mean", _clip_metrics(_of_tokens))
+@couples("token", reduction="mean", metrics=_clip_metrics(_of_tokens))
 def dapo(
     rollout: Rollout, *, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None
 ) -> Tensor:
@@ -206,7 +196,7 @@ def _sequence_gradient_by_token(rollout: Rollout) -> Tensor:
     return bounded_exp(rollout.means(rollout.log_ratios.detach())[rollout.sequence] + drift)
 
 
-@declared("sequence", "sequence_mean", _clip_metrics(_of_sequences, by_sequence=True))
+@couples("sequence", reduction="sequence_mean", metrics=_clip_metrics(_of_sequences, by_sequence=True))
 def gspo(
     rollout: Rollout, *, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None
 ) -> Tensor:
@@ -218,7 +208,7 @@ def gspo(
     return _clipped("gspo", _sequence_gradient_by_token(rollout), rollout, epsilon, epsilon_high, delta)
 
 
-@declared("sequence", "sequence_sum", _clip_metrics(_of_sequences, by_sequence=True))
+@couples("sequence", reduction="sequence_sum", metrics=_clip_metrics(_of_sequences, by_sequence=True))
 def luspo(
     rollout: Rollout, *, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None
 ) -> Tensor:
@@ -226,7 +216,7 @@ def luspo(
     return _clipped("luspo", _sequence_gradient_by_token(rollout), rollout, epsilon, epsilon_high, delta)
 
 
-@declared("sequence", "sequence_mean", _clip_metrics(_of_whole_sequences, by_sequence=True))
+@couples("sequence", reduction="sequence_mean", metrics=_clip_metrics(_of_whole_sequences, by_sequence=True))
 def rloo(
     rollout: Rollout, *, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None
 ) -> Tensor:
@@ -238,7 +228,7 @@ def rloo(
     return _clipped("rloo", _of_whole_sequences(rollout), rollout, epsilon, epsilon_high, delta)
 
 
-@declared("token", "sequence_sum")
+@couples("token", reduction="sequence_sum")
 def reinforce(rollout: Rollout) -> Tensor:
     """REINFORCE: -A log pi, summed over the tokens of a sequence. Williams 1992, Machine Learning 8, eq. 11.
 
@@ -254,7 +244,7 @@ def _cispo_metrics(
     return {"cispo_clip_ratio": _share(rollout, cut, rollout.importance_sampling_level == "sequence")}
 
 
-@declared("token", "mean", _cispo_metrics)
+@couples("token", reduction="mean", metrics=_cispo_metrics)
 def cispo(rollout: Rollout, *, epsilon_high: float = CISPO_EPSILON_HIGH, epsilon: float | None = None) -> Tensor:
     """CISPO: -sg(clip(r, 1 - epsilon, 1 + epsilon_high)) A log pi, sg: no gradient. Clips weights, drops no token.
 
@@ -269,7 +259,7 @@ def cispo(rollout: Rollout, *, epsilon_high: float = CISPO_EPSILON_HIGH, epsilon
     return -rollout.ratios.detach().clamp(low, 1 + epsilon_high) * rollout.advantages * rollout.logps
 
 
-@declared("token", "sequence_mean")
+@couples("token", reduction="sequence_mean")
 def sapo(rollout: Rollout, *, sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05) -> Tensor:
     """SAPO: -(4 / tau) sigmoid(tau (r - 1)) A, a soft gate in place of the clip. Gao et al. 2025, arXiv:2511.20347.
 

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from fastpref.losses import _stable
 from fastpref.losses._protocol import Loss, Terms, couples, resolve
 from fastpref.losses.dpo import check_beta
-from fastpref.losses.pairs import Tokens
+from fastpref.losses.pairs import Tokens, needed
 from fastpref.ops import _check
 
 
@@ -38,11 +38,7 @@ class Unpaired:
 
     def need(self, name: str) -> Any:
         """The field of this name; raises if it was not given."""
-        value = getattr(self, name)
-        if value is None:
-            way_out = ", or reference_free=True" if name.startswith("ref_") else ""
-            raise ValueError(f"{self.caller}: this loss needs {name} and has none: give it{way_out}")
-        return value
+        return needed(getattr(self, name), name, self.caller)
 
 
 @couples("sequence")

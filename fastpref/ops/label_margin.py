@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastpref import kernels
 from fastpref.kernels import head as driver
+from fastpref.kernels.reference.label_margin import label_margin as reference
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
 
@@ -16,15 +17,19 @@ ROWS = 4096  # at a time
 def label_margin(flat: _head.FlatHead, mean_logits: Tensor) -> Tensor:
     """(M,) z_y - mean_v z_v of the logits as used, given the means; 0 where the target is ignored.
 
-    Differentiable once, through both terms, in hidden, weight and bias where there is no softcap: it is then linear,
+    Differentiable once, through both terms, in hidden, weight and bias where there is no softcap (on the reference
+    backend always): it is then linear,
 
         d / dx = s (w_y - mean_v w_v),    d / dw_v = s (1[v = y] - 1 / V) x,    s = logit_scale / temperature.
     """
+    parameters, where = (flat.hidden, flat.weight, flat.bias), (flat.targets, flat.rows, flat.inv_temperature)
+    bent = flat.softcap, flat.logit_scale, flat.ignore_index
+    if flat.backend == "reference":
+        with torch.autocast(flat.hidden.device.type, enabled=False):
+            return reference(*parameters, *where, *bent, mean_logits)
     capped = flat.softcap is not None
-    trained = (x.detach() if capped and x is not None else x for x in (flat.hidden, flat.weight, flat.bias))
-    backend = "torch" if flat.backend == "reference" else flat.backend
-    options = flat.softcap, flat.logit_scale, flat.ignore_index, flat.workspace, backend
-    return _op(*trained, flat.targets, flat.rows, flat.inv_temperature, mean_logits, *options)
+    trained = (x.detach() if capped and x is not None else x for x in parameters)
+    return _op(*trained, *where, mean_logits.detach(), *bent, flat.workspace, flat.backend)
 
 
 @torch.library.custom_op("fastpref::label_margin", mutates_args=())

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastpref import linear_logps, linear_preference_loss
+from fastpref.losses._protocol import trait
 from fastpref.losses.dpo import bind
-from fastpref.losses.preference import WITHOUT_REFERENCE
+from fastpref.losses.preference import PREFERENCE_LOSSES
 from fastpref.trainer.batches import my_batches, of_all
 from fastpref.trainer.collate import IGNORE_INDEX
 from fastpref.trainer.command import run_command
@@ -92,8 +93,8 @@ class DPOOptions(TrainOptions):
     @property
     def has_reference(self) -> bool:
         """Whether the reference's log-probabilities are needed: a loss without them takes them for its metrics only."""
-        alone = {loss.__name__ for loss in WITHOUT_REFERENCE}
-        return not self.reference_free and not all(name in alone for name in self.loss_names)
+        losses = [PREFERENCE_LOSSES[loss] if isinstance(loss, str) else loss for loss in self.losses]
+        return not self.reference_free and any(trait(loss, "reference") for loss in losses)
 
 
 # What `fastpref dpo` does with neither a model nor a dataset: minutes on two cores, and the held-out loss falls
