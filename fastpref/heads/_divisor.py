@@ -17,11 +17,4 @@ def divisor(fn: str, reduction: str, num_items: float | Tensor | None, count: in
         return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
     if reduction != "mean":
         raise ValueError(f"{fn}: num_items and reduction={reduction!r} were both given; choose one")
-    if isinstance(num_items, Tensor):
-        if num_items.dim() or num_items.requires_grad:
-            raise ValueError(f"{fn}: num_items must be a number or a 0-d tensor; got shape {tuple(num_items.shape)}")
-        return num_items
-    _check.number(fn, num_items=num_items)
-    if not 0 < num_items < float("inf"):
-        raise ValueError(f"{fn}: num_items must be > 0 and finite; got {num_items}")
-    return num_items
+    return _check.num_items(fn, num_items)

@@ -84,8 +84,8 @@ def plan(
         passes, why = 3, "all tokens fit one chunk: it is kept, and backward forms the gradients from it"
     elif couples != "batch" and (reason := why_no_copy(fits, d_weight, max_extra_bytes)) is None:
         passes, kept = 3, d_hidden + d_weight
-        why = f"couples = {couples}: gradients are formed in forward from each chunk of whole pairs"
-        why += f", if each pair has at most {fits} tokens"
+        why = f"couples = {couples}: gradients are formed in forward from each chunk of whole {couples}s"
+        why += "" if couples == "token" else f", if each {couples} has at most {fits} tokens"
     else:
         columns, rows = tile_formed_again(hidden_size, vocab_size, dtype, workspace, d_weight=True)
         passes, stored, kept = 4, min(rows, n_tokens), d_hidden + wide * columns * hidden_size

@@ -250,7 +250,7 @@ def _shares(
     if num_items is not None:
         if reduction in ("sum", "none"):
             raise ValueError(f"{fn}: num_items and reduction={reduction!r} were both given; choose one")
-        items = check_num_items(fn, num_items)
+        items = _check.num_items(fn, num_items)
     shares = torch.ones_like(mask, dtype=dtype)
     if reduction in ("sum", "none"):
         return shares
@@ -258,14 +258,3 @@ def _shares(
         lengths = where.sequence.new_zeros(where.n_sequences).index_add(0, where.sequence, mask.long())
         shares = shares / lengths.clamp(min=1)[where.sequence]
     return shares / items / (1 if max_length is None else max_length)
-
-
-def check_num_items(fn: str, num_items: float | Tensor) -> float | Tensor:
-    if isinstance(num_items, Tensor):
-        if num_items.dim() or num_items.requires_grad:
-            raise ValueError(f"{fn}: num_items must be a number or a 0-d tensor; got shape {tuple(num_items.shape)}")
-        return num_items
-    _check.number(fn, num_items=num_items)
-    if not 0 < num_items < float("inf"):
-        raise ValueError(f"{fn}: num_items must be > 0 and finite; got {num_items}")
-    return num_items

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from fastpref.losses.objective import check_num_items
 from fastpref.ops import _check
 
 
@@ -46,5 +45,5 @@ def value_loss(
     unclipped = (value - target).square()
     clipped = (value.clamp(old - epsilon, old + epsilon) - target).square()
     count = live.sum().clamp(min=1)
-    items = count if num_items is None else check_num_items(fn, num_items)
+    items = count if num_items is None else _check.num_items(fn, num_items)
     return 0.5 * torch.maximum(unclipped, clipped).sum() / items, (clipped > unclipped).sum().to(dtype) / count

@@ -90,3 +90,14 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def num_items(fn: str, value: float | Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.dim() or value.requires_grad:
+            raise ValueError(f"{fn}: num_items must be a number or a 0-d tensor; got shape {tuple(value.shape)}")
+        return value
+    number(fn, num_items=value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{fn}: num_items must be > 0 and finite; got {value}")
+    return value

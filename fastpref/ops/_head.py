@@ -63,14 +63,7 @@ def flatten(
     _refuse_sharded(fn, weight=weight, bias=bias)
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{fn}: backend must be None or one of {', '.join(BACKENDS)}; got {backend!r}")
-    autocast_weight = False
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, bias = hidden.to(dtype), None if bias is None else bias.to(dtype)
-        # an fp32 weight is rounded as it is read: no copy of it, and its gradient stays fp32
-        autocast_weight = weight.dtype == torch.float32
-        weight = weight if autocast_weight else weight.to(dtype)
-
+    hidden, weight, bias, autocast_weight = under_autocast(hidden, weight, bias)
     _check.rank(fn, (2, 3), hidden=hidden)
     _check.rank(fn, (2,), weight=weight)
     _check.rank(fn, (1,), bias=bias, rows=rows, cu_seqlens=cu_seqlens)
@@ -158,6 +151,19 @@ def without_autocast(f: F) -> F:
             return f(*args)
 
     return run  # type: ignore[return-value]
+
+
+def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """(hidden, weight, bias) in autocast's dtype, and whether weight still is fp32: it is rounded as it is read.
+
+    So there is no copy of it, and its gradient stays fp32.
+    """
+    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
+        return hidden, weight, bias, False
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    rounded_late = weight.dtype == torch.float32
+    weight = weight if rounded_late else weight.to(dtype)
+    return hidden.to(dtype), weight, None if bias is None else bias.to(dtype), rounded_late
 
 
 def check_workspace(fn: str, workspace: int, vocab_size: int, dtype: torch.dtype) -> None:

@@ -131,13 +131,7 @@ def _side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, named_
     _check.rank(FN, (2,), **{f"weight_{name}": weight})
     floats = (*_check.FLOATS, *((torch.float64,) if named_backend else ()))
     _check.floating(FN, floats, **named)
-    autocast_weight = False
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, bias = hidden.to(dtype), None if bias is None else bias.to(dtype)
-        # an fp32 weight is rounded as it is read: no copy of it, and its gradient stays fp32
-        autocast_weight = weight.dtype == torch.float32
-        weight = weight if autocast_weight else weight.to(dtype)
+    hidden, weight, bias, autocast_weight = _head.under_autocast(hidden, weight, bias)
     named = {f"hidden_{name}": hidden, f"weight_{name}": None if autocast_weight else weight, f"bias_{name}": bias}
     _check.same_dtype(FN, **named)
     vocab_size, hidden_size = weight.shape
