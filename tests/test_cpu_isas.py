@@ -137,9 +137,9 @@ def everything(n, h, v, dtype, weight):
     chunk = cpu_head.new_chunk(n, weight, dtype).fill_(float("nan"))
     sums = cpu_head.score(x, parameters, targets, anchor, inv_temperature, chunk, None)
     d_weight = torch.zeros(v, h)
-    cpu_head.d_weight(chunk, x.float(), d_weight, True)
+    cpu_head.d_weight(chunk, x.float(), torch.ones(n), d_weight, True)
     dots = cpu_head.label_dots(x, weight, targets)
-    return [*sums, chunk, cpu_head.d_hidden(chunk, n, weight, dtype), d_weight, dots]
+    return [*sums, chunk, cpu_head.d_hidden(chunk, n, weight, dtype, torch.ones(n)), d_weight, dots]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -63,12 +63,14 @@ class Kernels(Protocol):
     """
 
     TOKEN_DIM: int  # the dimension of a chunk that the tokens are along; the vocabulary is along the other
+    STATIC: bool  # the host never waits for the device: no shape depends on a value
 
     def label_dots(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: ...
 
     def new_chunk(self, n: int, weight: Tensor, dtype: torch.dtype) -> Tensor: ...
 
-    # a target of -1 is none of these rows of weight. coefs = (c0, c1): the chunk is F (c0 + c1 d)
+    # a target of -1 is none of these rows of weight. coefs = (c0, c1): the chunk is F (c0 + c1 d). only (n,) bool, of
+    # STATIC kernels: the other rows, and F of them, are left out
     def score(
         self,
         x: Tensor,
@@ -78,13 +80,23 @@ class Kernels(Protocol):
         inv_temperature: Tensor,
         chunk: Tensor | None,
         coefs: tuple[Tensor, Tensor] | None,
+        only: Tensor | None = None,
     ) -> Sums: ...
 
-    def d_hidden(self, chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype) -> Tensor: ...
+    # diag(factor) F W
+    def d_hidden(self, chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: Tensor) -> Tensor: ...
 
-    def d_weight(self, chunk: Tensor, scaled: Tensor, out: Tensor, accumulate: bool) -> None: ...
+    # diag(factor) X as d_weight wants it
+    def scaled(self, x: Tensor, factor: Tensor) -> Tensor: ...
+
+    def d_weight(self, chunk: Tensor, scaled: Tensor, factor: Tensor, out: Tensor, accumulate: bool) -> None: ...
 
     def add_d_bias(self, chunk: Tensor, factor: Tensor, out: Tensor) -> None: ...
+
+    # out[index[i]] += scale[i] values[i], the same bits every time; an index outside of out is left out
+    def order_of(self, index: Tensor) -> Tensor: ...
+
+    def add_rows(self, out: Tensor, index: Tensor, values: Tensor, scale: Tensor | None, order: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Rows:
 
     x: Tensor  # (n, H)
     targets: Tensor  # (n,)
-    inv_temperature: Tensor  # (n,)
+    inv_temperature: Tensor  # (n,) 0: a row that does not count
 
 
 @dataclass(frozen=True)
@@ -105,13 +117,39 @@ class Problem:
     targets: Tensor  # (M,)
     rows: Tensor | None  # (M,) into hidden
     inv_temperature: Tensor  # (M,)
+    masked: bool = False  # rows that do not count are among those that are gathered, as zeros
 
     def row(self, index: Tensor) -> Tensor:
         """The rows of hidden that predict the targets at `index`."""
         return index if self.rows is None else self.rows[index]
 
     def gather(self, index: Tensor) -> Rows:
-        return Rows(self.hidden[self.row(index)], self.targets[index], self.inv_temperature[index])
+        x, inv_temperature = self.hidden[self.row(index)], self.inv_temperature[index]
+        if self.masked:
+            x.masked_fill_((inv_temperature == 0)[:, None], 0)
+        return Rows(x, self.targets[index], inv_temperature)
+
+    def live_first(self, ignore_index: int) -> tuple[Tensor, "Problem"]:
+        """(index of all targets, those that count first; the problem with the others switched off). Waits for nothing.
+
+        What does not count has inverse temperature 0. A target or a row out of range has NaN, and so has what it gives.
+        """
+        (n_rows, _), vocab_size, targets = self.hidden.shape, self.head.weight.shape[0], self.targets
+        counts = targets != ignore_index
+        if n_rows == 0:
+            counts = torch.zeros_like(counts)
+        wrong, rows = (targets < 0) | (targets >= vocab_size), self.rows
+        if rows is not None:
+            wrong, rows = wrong | (rows < 0) | (rows >= n_rows), rows.clamp(0, max(n_rows - 1, 0))
+        targets, scale = switched_off(targets, self.inv_temperature, wrong, counts)
+        index = (~counts).to(torch.uint8).argsort(stable=True)[: targets.numel() if n_rows else 0]
+        return index, Problem(self.hidden, self.head, targets, rows, scale, masked=True)
+
+
+def switched_off(targets: Tensor, inv_temperature: Tensor, wrong: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(targets, inverse temperatures): 0 where a target does not count, NaN where one that does is out of range."""
+    scale = inv_temperature.masked_fill(wrong, torch.nan).masked_fill(~counts, 0.0)
+    return targets.masked_fill(wrong | ~counts, 0), scale
 
 
 class Scores(NamedTuple):
@@ -133,6 +171,10 @@ class Scores(NamedTuple):
 
     def at(self, index: Tensor) -> "Scores":
         return Scores(*(x[index] for x in self))
+
+    def where(self, counts: Tensor) -> "Scores":
+        """0 where a row does not count."""
+        return Scores(*(x.masked_fill(~counts, 0) for x in self))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -187,12 +229,24 @@ def score(
     anchor = torch.where(z_y.isinf(), 0.0, z_y).to(dtype)
     sums = kernels.score(rows.x, head, rows.targets, anchor, rows.inv_temperature, chunk, None)
     again = ((sums.exp > RESCORE_ABOVE) | z_y.isneginf()) & sums.max_d.isfinite()
-    for few in split(again.nonzero()[:, 0], ROW_BLOCK):
-        _score_at_maximum(kernels, head, rows, few, anchor, sums, chunk)
+    if kernels.STATIC:
+        anchor = torch.where(again, anchor + sums.max_d.to(dtype), anchor)
+        found = kernels.score(rows.x, head, rows.targets, anchor, rows.inv_temperature, chunk, None, again)
+        sums = Sums(*(torch.where(again, new, old) for new, old in zip(found, sums, strict=True)))
+    else:
+        for few in split(again.nonzero()[:, 0], ROW_BLOCK):
+            _score_at_maximum(kernels, head, rows, few, anchor, sums, chunk)
 
-    # the sums are fp64, so is what follows, rounded once at the end; label_d is what rounding the anchor left of z_y,
-    # or the distance to the maximum. -log1p(S' exp(-label_d)) keeps a confident row's precision, and its sign
-    label_d = z_y - anchor.double()
+    return finish(anchor, z_y - anchor.double(), sums, vocab_size)
+
+
+def finish(anchor: Tensor, label_d: Tensor, sums: Sums, vocab_size: int) -> Scores:
+    """From sums, anchored; label_d (n,) fp64 is what rounding the anchor left of z_y, or the distance to the maximum.
+
+    The sums are fp64, so is what follows, rounded once at the end, to the dtype of the anchor.
+    """
+    dtype = anchor.dtype
+    # -log1p(S' exp(-label_d)) keeps a confident row's precision, and its sign
     e_y = label_d.exp()
     near = label_d > -600  # below, exp(-label_d) leaves fp64's range
     rest = torch.where(near, sums.exp * (-label_d).exp(), 0.0)
@@ -239,6 +293,18 @@ def label_logits(kernels: Kernels, head: Head, rows: Rows) -> tuple[Tensor, Tens
         bent = torch.tanh(u / head.softcap)
         u, slope = head.softcap * bent, 1 - bent * bent
     return u * rows.inv_temperature.double(), slope
+
+
+def order_of(index: Tensor) -> Tensor:
+    """What `add_rows` below does not need."""
+    return index
+
+
+def add_rows(out: Tensor, index: Tensor, values: Tensor, scale: Tensor | None, order: Tensor) -> None:
+    """out[index[i]] += scale[i] values[i]; an index outside of out is left out."""
+    inside = ((index >= 0) & (index < out.shape[0])).nonzero()[:, 0]
+    rows = values[inside].to(out.dtype)
+    out.index_add_(0, index[inside], rows if scale is None else rows * scale[inside, None])
 
 
 def split(index: Tensor, size: int) -> Iterator[Tensor]:

@@ -44,6 +44,11 @@ class Upstream(NamedTuple):
         live = self.logps != 0
         return (live if self.entropy is None else live | (self.entropy != 0)).nonzero()[:, 0]
 
+    def where(self, counts: Tensor) -> "Upstream":
+        """0 where a row does not count."""
+        of_entropy = None if self.entropy is None else self.entropy.masked_fill(~counts, 0)
+        return Upstream(self.logps.masked_fill(~counts, 0), of_entropy)
+
     def at(self, index: Tensor) -> "Upstream":
         return Upstream(self.logps[index], None if self.entropy is None else self.entropy[index])
 
@@ -88,8 +93,8 @@ class _Operands(NamedTuple):
     """What the products of a part read beside F."""
 
     rows: Rows
-    x: Tensor  # (n, H) fp32
     scaled: Tensor  # (n, H) factor x
+    order: Tensor  # (n,) of the targets
 
 
 def add_gradients(
@@ -106,11 +111,12 @@ def add_gradients(
     `chunk` holds F of these rows. Without it, and where an entropy's gradient needs more than it tells, F is formed
     again: one GEMM more.
     """
-    live = upstream.live()
+    # where the host does not wait, dead rows stay: kernels leave out blocks of them
+    live = torch.arange(index.numel(), device=index.device) if kernels.STATIC else upstream.live()
     if not live.numel():
         return
-    if chunk is not None and _tells_d(chunk, upstream, problem.head):
-        if not _worth_leaving_out(problem, index, scores, live):
+    if chunk is not None and _tells_d(kernels, chunk, upstream, problem.head):
+        if kernels.STATIC or not _worth_leaving_out(problem, index, scores, live):
             part = _part(kernels, problem, index, scores, upstream)
             _add_from_chunk(kernels, problem, part, chunk, None, out)
         else:
@@ -129,17 +135,17 @@ def _add_from_chunk(
     kernels: Kernels, problem: Problem, part: _Part, chunk: Tensor, live: Tensor | None, out: Gradients
 ) -> None:
     """`live`: where in the chunk the rows of the part are; None: they are all of its rows."""
-    head, operands = problem.head, _operands(problem, part)
+    head, operands = problem.head, _operands(kernels, problem, part)
     (vocab_size, hidden_size), n = head.weight.shape, part.index.numel()
-    _add_label_to_hidden(problem, part, out)
+    _add_label_to_hidden(kernels, problem, part, out)
     as_stored = live is None and part.coefs is None
     if as_stored:
         _add_d_hidden(kernels, problem, part, chunk, head.weight, out)
     # a slab has a temporary the size of its dW, and unless F is as stored, of itself
     beside = hidden_size if as_stored else max(hidden_size, n)
-    in_place = as_stored and (out.weight is None or out.weight.dtype == operands.x.dtype)
+    in_place = as_stored and (out.weight is None or out.weight.dtype == part.factor.dtype)
     step = vocab_size if in_place else _blocks(head.slab_bytes // (4 * beside))
-    for slab, d_weight in _slabs(head, out, step, operands.x.dtype):
+    for slab, d_weight in _slabs(head, out, step, part.factor.dtype):
         f = chunk.narrow(1 - kernels.TOKEN_DIM, slab.start, slab.stop - slab.start)
         if live is not None:
             f = _packed(kernels, f.index_select(kernels.TOKEN_DIM, live), head.weight[slab], f.dtype)
@@ -153,11 +159,11 @@ def _add_from_chunk(
 def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[_Part], step: int, out: Gradients) -> None:
     head = problem.head
     for part in parts:
-        _add_label_to_hidden(problem, part, out)
-    only = _operands(problem, parts[0]) if len(parts) == 1 else None
+        _add_label_to_hidden(kernels, problem, part, out)
+    only = _operands(kernels, problem, parts[0]) if len(parts) == 1 else None
     for slab, d_weight in _slabs(head, out, step, parts[0].factor.dtype):
         for part in parts:
-            operands = only or _operands(problem, part)
+            operands = only or _operands(kernels, problem, part)
             f = _form_again(kernels, head.rows(slab.start, slab.stop), slab.start, operands.rows, part)
             _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
             accumulate = not out.once or part is not parts[0]
@@ -195,15 +201,16 @@ def _worth_leaving_out(problem: Problem, index: Tensor, scores: Scores, live: Te
     return not bool(scores.total[dead].isfinite().all() and x.isfinite().all())
 
 
-def _tells_d(chunk: Tensor, upstream: Upstream, head: Head) -> bool:
-    """Whether d_v = log F_v is exact enough for this upstream gradient.
+def _tells_d(kernels: Kernels, chunk: Tensor, upstream: Upstream, head: Head) -> bool:
+    """Whether d_v = log F_v is exact enough for this upstream gradient, as far as the host knows.
 
     In bf16 it is off by 2^-9, and -p (g + h (log p + entropy)) by 2^-9 h p: too much where h is all there is.
     """
     if upstream.entropy is None:
         return True
-    exact = chunk.dtype.itemsize > 2 or bool(4 * upstream.entropy.norm() <= upstream.logps.norm())
-    return head.softcap is None and exact
+    if head.softcap is not None or chunk.dtype.itemsize > 2:
+        return head.softcap is None
+    return not kernels.STATIC and bool(4 * upstream.entropy.norm() <= upstream.logps.norm())
 
 
 def tile_formed_again(
@@ -263,22 +270,31 @@ def _with_entropy(kernels: Kernels, f: Tensor, coefs: tuple[Tensor, Tensor], wei
     return _packed(kernels, weighed, weight, f.dtype)
 
 
-def _operands(problem: Problem, part: _Part) -> _Operands:
+def _operands(kernels: Kernels, problem: Problem, part: _Part) -> _Operands:
     rows = problem.gather(part.index)
-    x = rows.x.to(part.factor.dtype)
-    return _Operands(rows, x, x * part.factor[:, None])
+    return _Operands(rows, kernels.scaled(rows.x, part.factor), kernels.order_of(rows.targets))
 
 
-def _add_label_to_hidden(problem: Problem, part: _Part, out: Gradients) -> None:
+def _add_label_to_hidden(kernels: Kernels, problem: Problem, part: _Part, out: Gradients) -> None:
     if out.hidden is not None:
         w_y = problem.head.weight[problem.targets[part.index]].to(problem.hidden.dtype)
-        out.hidden.index_add_(0, problem.row(part.index), (w_y * part.label[:, None]).to(out.hidden.dtype))
+        _add_to_hidden(kernels, problem, part, w_y, part.label, out.hidden)
+
+
+def _add_to_hidden(
+    kernels: Kernels, problem: Problem, part: _Part, values: Tensor, scale: Tensor | None, out: Tensor
+) -> None:
+    row = problem.row(part.index)
+    if problem.rows is not None:  # a row may serve several targets
+        kernels.add_rows(out, row, values, scale, kernels.order_of(row))
+    else:
+        out.index_add_(0, row, (values if scale is None else values * scale[:, None]).to(out.dtype))
 
 
 def _add_d_hidden(kernels: Kernels, problem: Problem, part: _Part, f: Tensor, weight: Tensor, out: Gradients) -> None:
     if out.hidden is not None:
-        d_rows = kernels.d_hidden(f, part.index.numel(), weight, problem.hidden.dtype).mul_(part.factor[:, None])
-        out.hidden.index_add_(0, problem.row(part.index), d_rows)
+        d_rows = kernels.d_hidden(f, part.index.numel(), weight, problem.hidden.dtype, part.factor)
+        _add_to_hidden(kernels, problem, part, d_rows, None, out.hidden)
 
 
 def _add_slab(
@@ -293,12 +309,10 @@ def _add_slab(
     accumulate: bool,
 ) -> None:
     """To dW and db of the slab; not `accumulate`: dW is not initialised."""
-    targets = operands.rows.targets
-    inside = ((targets >= slab.start) & (targets < slab.stop)).nonzero()[:, 0]
-    at, label = targets[inside] - slab.start, part.label[inside]
+    (rows, scaled, order), at = operands, operands.rows.targets - slab.start
     if d_weight is not None:
-        kernels.d_weight(f, operands.scaled, d_weight, accumulate)
-        d_weight.index_add_(0, at, operands.x[inside] * label[:, None])
+        kernels.d_weight(f, scaled, part.factor, d_weight, accumulate)
+        kernels.add_rows(d_weight, at, rows.x, part.label, order)
     if d_bias is not None:
         kernels.add_d_bias(f, part.factor, d_bias[slab])
-        d_bias[slab].index_add_(0, at, label)
+        kernels.add_rows(d_bias[slab, None], at, part.label[:, None], None, order)

@@ -72,7 +72,7 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
         max_extra_bytes: no effect here, where no second copy of the weight's gradient is ever kept.
         deterministic: fixed GEMM blocks on the torch backend; the C++ kernels always have them.
         check_finite: refuse NaN or infinite hidden, and on CUDA check targets (this waits for the device).
-        backend: "cpu", "torch" or "reference"; None: the fastest here.
+        backend: "cpu", "triton", "torch" or "reference"; None: the fastest here.
     Returns:
         logps shaped like targets, float32; with `outputs` a LogPs. Differentiable once in hidden, weight and bias;
         a second derivative raises. Passes over the head: one without gradient; with a frozen head two, three if
@@ -130,7 +130,8 @@ def rows_of_one_chunk(flat: _head.FlatHead) -> int:
     # where counting would wait for the device, or be traced, all targets count
     count = flat.targets.numel()
     if not torch.compiler.is_compiling() and not flat.targets.is_cuda:
-        count = int((flat.targets != flat.ignore_index).sum())
+        run = kernels.choose("head", flat.targets.device.type, flat.backend)
+        count = count if run.STATIC else int((flat.targets != flat.ignore_index).sum())
     vocab_size, hidden_size = flat.weight.shape
     return count if count <= driver.chunk_tokens(hidden_size, vocab_size, flat.hidden.dtype, flat.workspace) else 0
 
@@ -167,7 +168,10 @@ def _op(
     run = kernels.choose("head", hidden.device.type, backend)
     head = driver.Head(weight, bias, softcap, logit_scale, workspace, deterministic)
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
-    index = _kept(fn, hidden, weight, targets, rows, inv_temperature, ignore_index, check_finite)
+    if run.STATIC and not check_finite:
+        index, problem = problem.live_first(ignore_index)
+    else:
+        index = _kept(fn, hidden, weight, targets, rows, inv_temperature, ignore_index, check_finite)
     dtype = driver.accumulator(hidden.dtype)
     out = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
     top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
@@ -184,6 +188,8 @@ def _op(
         if unit_d_hidden:
             chunk = huge_pages(run.new_chunk(part.numel(), weight, hidden.dtype))
         scores = driver.score(run, head, rows_here, chunk)
+        if problem.masked:
+            scores = scores.where(rows_here.inv_temperature != 0)
         state[:, part] = torch.stack((scores.anchor, scores.label_d, scores.rest, scores.mean_d))
         for full, name in zip((*out, top1), ("logps", *_head.OUTPUTS), strict=True):
             full[part] = getattr(scores, name)
@@ -289,11 +295,16 @@ def _backward_op(
     run = kernels.choose("head", hidden.device.type, backend)
     head = driver.Head(weight, bias, softcap, logit_scale, workspace, deterministic)
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
-    index = (targets != ignore_index).nonzero()[:, 0]
+    if run.STATIC:
+        index, problem = problem.live_first(ignore_index)
+    else:
+        index = (targets != ignore_index).nonzero()[:, 0]
     anchor, label_d, rest, mean_d = state[:, index]
     unused = logps.new_empty(0).expand(index.numel(), 0)
     scores = driver.Scores(anchor, label_d, rest, mean_d, logps[index], entropy[index], unused, unused, unused)
     upstream = Upstream(grad_logps[index], None if grad_entropy is None else grad_entropy[index])
+    if problem.masked:
+        upstream = upstream.where(problem.inv_temperature[index] != 0)
     found = Gradients.zeros(problem, wanted, once=True)
     add_gradients(run, problem, index, scores, upstream, found, chunk)
     pairs = (found.hidden, hidden), (found.weight, weight), (found.bias, bias)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpref import kernels
+from fastpref.kernels import head as driver
 from fastpref.kernels.memory import huge_pages
 from fastpref.kernels.reference.selective_logps import selective_logps as reference
 from fastpref.ops import _check, _head
@@ -38,7 +39,7 @@ def selective_logps(
         softcap, logit_scale, outputs, check_finite: as in linear_logps.
         inplace_backward: the gradient is written over the logits, and no (N, V) allocated for it. The logits are lost
             then: whoever needs them after, as a second backward does, raises. They must be contiguous, and no leaf.
-        backend: "cpu", "torch" or "reference"; None: the fastest here.
+        backend: "cpu", "triton", "torch" or "reference"; None: the fastest here.
     Returns:
         logps shaped like targets, float32; with `outputs` a LogPs. Differentiable once in logits.
     Raises:
@@ -108,8 +109,17 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logps, the extra outputs, and what a backward needs: a state (2, M)."""
     run = kernels.choose("selective_logps", logits.device.type, backend)
-    index = _kept(fn, logits, targets, inv_temperature, ignore_index, check_finite)
+    index = None
+    if check_finite or not run.STATIC:
+        index = _kept(fn, logits, targets, inv_temperature, ignore_index, check_finite)
+    if run.STATIC:
+        targets, inv_temperature = _switched_off(logits, targets, inv_temperature, ignore_index)
     return run.selective_logps(logits, targets, index, inv_temperature, softcap, logit_scale)
+
+
+def _switched_off(logits: Tensor, targets: Tensor, inv_temperature: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    wrong = (targets < 0) | (targets >= logits.shape[1])
+    return driver.switched_off(targets, inv_temperature, wrong, targets != ignore_index)
 
 
 @_op.register_fake
@@ -162,7 +172,11 @@ def _backward_op(
     run = kernels.choose("selective_logps", out.device.type, backend)
     if out.data_ptr() != logits.data_ptr():
         huge_pages(out)
-    index = (targets != ignore_index).nonzero()[:, 0]
+    index = None
+    if run.STATIC:
+        targets, inv_temperature = _switched_off(logits, targets, inv_temperature, ignore_index)
+    else:
+        index = (targets != ignore_index).nonzero()[:, 0]
     given = grad_logps, grad_entropy, logits, targets, index, inv_temperature, softcap, logit_scale
     run.d_logits(*given, logps, entropy, state, out)
 

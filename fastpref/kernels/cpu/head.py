@@ -10,10 +10,13 @@ from torch import Tensor
 
 from fastpref import _cpu
 from fastpref.kernels.head import Head, Sums, chunk_dtype
+from fastpref.kernels.head import add_rows as add_rows
+from fastpref.kernels.head import order_of as order_of
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 TOKEN_DIM = 1
+STATIC = False
 
 
 def isa() -> str:
@@ -86,8 +89,8 @@ def score(
     return Sums(*sums)
 
 
-def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, H) fp32: F W."""
+def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: Tensor) -> Tensor:
+    """(n, H) fp32: diag(factor) F W."""
     vocab_size, hidden_size = weight.shape
     out = torch.empty(n, hidden_size)
     _cpu.head_d_hidden(
@@ -104,10 +107,14 @@ def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype) -> Tenso
         _is_wider(weight, dtype),
         torch.get_num_threads(),
     )
-    return out
+    return out.mul_(factor[:, None])
 
 
-def d_weight(chunk: Tensor, scaled: Tensor, out: Tensor, accumulate: bool) -> None:
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    return x.to(factor.dtype) * factor[:, None]
+
+
+def d_weight(chunk: Tensor, scaled: Tensor, factor: Tensor, out: Tensor, accumulate: bool) -> None:
     """out (V, H) fp32 = F^T scaled, or += if accumulate; scaled (n, H) fp32 is rounded to the product's operands."""
     n, hidden_size = scaled.shape
     scaled = scaled.contiguous()

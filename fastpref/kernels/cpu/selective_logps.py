@@ -6,6 +6,8 @@ from torch import Tensor
 from fastpref import _cpu
 from fastpref.kernels.cpu.head import _DTYPES, isa
 
+STATIC = False
+
 
 def selective_logps(
     logits: Tensor,  # (M, V)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from fastpref.kernels.head import SMALL_BLOCK, Head, Sums, accumulator, chunk_dtype
+from fastpref.kernels.head import add_rows as add_rows
+from fastpref.kernels.head import order_of as order_of
 
 # when deterministic: rows of a GEMM, and what its columns are derived from
 BLOCK, BLOCK_WORKSPACE = 64, 32 * 2**20
 
 TOKEN_DIM = 0
+STATIC = False
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -119,15 +122,19 @@ def _score_blocks(
     return Sums(*torch.cat(parts, 1))
 
 
-def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, H): F W, in the accumulator's precision."""
+def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: Tensor) -> Tensor:
+    """(n, H): diag(factor) F W, in the accumulator's precision."""
     out = torch.zeros(n, weight.shape[1], dtype=accumulator(chunk.dtype), device=weight.device)
     for slab in _slabs(max(n, weight.shape[1]), weight.shape[0]):
         out += _product(chunk[:n, slab], weight[slab].to(dtype).to(chunk.dtype))
-    return out
+    return out.mul_(factor[:, None])
 
 
-def d_weight(chunk: Tensor, scaled: Tensor, out: Tensor, accumulate: bool) -> None:
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    return x.to(factor.dtype) * factor[:, None]
+
+
+def d_weight(chunk: Tensor, scaled: Tensor, factor: Tensor, out: Tensor, accumulate: bool) -> None:
     """out (V, H) = F^T scaled, or += if accumulate."""
     n = scaled.shape[0]
     operand = scaled.to(chunk.dtype) if chunk.is_cuda else scaled

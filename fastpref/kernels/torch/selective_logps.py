@@ -8,6 +8,8 @@ from torch import Tensor
 BLOCK_ELEMENTS = 2**22  # of one fp32 temporary; about four live at once
 FAR = 27.0  # nats: a label further below the maximum is anchored there, or exp would leave fp32's range
 
+STATIC = False
+
 
 def selective_logps(
     logits: Tensor,  # (M, V)
