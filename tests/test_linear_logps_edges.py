@@ -220,7 +220,11 @@ REFUSALS = {
     "outputs": ({"outputs": ("entropi",)}, ValueError, "outputs must be among entropy.*; got 'entropi'"),
     "outputs a string": ({"outputs": "entropy"}, (TypeError, ValueError), "outputs must be .*; got .*'entropy'"),
     "workspace": ({"workspace": 100}, ValueError, "workspace .* at least 1 MiB; got 100"),
-    "backend": ({"backend": "tritn"}, ValueError, r"backend must be None or one of reference, torch, cpu; got 'tritn'"),
+    "backend": (
+        {"backend": "tritn"},
+        ValueError,
+        r"backend must be None or one of reference, torch, cpu, triton; got 'tritn'",
+    ),
     "rows of batched": (
         {"hidden": lambda x: x[None], "targets": lambda x: x[None], "rows": torch.arange(6)},
         ValueError,

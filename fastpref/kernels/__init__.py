@@ -3,20 +3,24 @@
 reference   eager PyTorch, any device and dtype, the oracle of every test; never chosen automatically
 torch       eager PyTorch, vectorised, any device: the fallback, said aloud once
 cpu         C++, csrc/*.cpp
+triton      Triton; on CPU tensors only under its interpreter, TRITON_INTERPRET=1, which is for tests
 cuda        csrc/*.cu
 """
 
 import importlib
+import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
 # by this name: importing the subpackage fastpref.kernels.torch binds `torch` in this module to it
+from torch import version
+from torch.cuda import get_device_capability
 from torch.cuda import is_available as cuda_is_available
 
-BACKENDS = ("reference", "torch", "cpu", "cuda")
-FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}  # by device type; elsewhere torch
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+FASTEST_FIRST = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}  # by device type; elsewhere torch
 
 
 @cache
@@ -33,13 +37,14 @@ def choose(op: str, device_type: str, backend: str | None = None) -> ModuleType:
         backend = next(name for name in wanted if why_not(name) is None)
         if backend != wanted[0]:
             _say_fallback(wanted[0], str(why_not(wanted[0])))
-        elif backend == "torch" and {"cpu", "cuda"}.intersection(having):
+        elif backend == "torch" and {"cpu", "triton", "cuda"}.intersection(having):
             _say_fallback(f"a {device_type} kernel", f"{op} has none yet")
     if backend not in having:
         raise ValueError(f"{op}: backend must be None or one of {having}; got {backend!r}")
-    if backend in ("cpu", "cuda"):
-        if backend != device_type:
-            raise ValueError(f"{op}: backend {backend!r} wants tensors on {backend}; got {device_type}")
+    if backend in ("cpu", "triton", "cuda"):
+        device = {"cpu": "cpu", "triton": "cpu" if _interpreted() else "cuda", "cuda": "cuda"}[backend]
+        if device != device_type:
+            raise ValueError(f"{op}: backend {backend!r} wants tensors on {device}; got {device_type}")
         if reason := why_not(backend):
             raise RuntimeError(f"{op}: backend {backend!r} is not usable here: {reason}")
     return importlib.import_module(f"fastpref.kernels.{backend}.{op}")
@@ -48,6 +53,8 @@ def choose(op: str, device_type: str, backend: str | None = None) -> ModuleType:
 @cache
 def why_not(backend: str) -> str | None:
     """Why a backend cannot be used here; None if it can."""
+    if backend == "triton":
+        return _why_not_triton()
     compilers = {"cpu": "a C++ compiler", "cuda": "nvcc and a C++ compiler"}
     if backend not in compilers:
         return None
@@ -62,6 +69,22 @@ def why_not(backend: str) -> str | None:
         return f"built, but does not load: {error}"
     if backend == "cuda" and not cuda_is_available():
         return "built; PyTorch sees no CUDA device"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "not installed: pip install 'fastpref[triton]'"
+    if _interpreted():
+        return None
+    if not cuda_is_available():
+        return "installed; PyTorch sees no CUDA device"
+    if version.hip is None and get_device_capability() < (8, 0):
+        return "installed; it wants compute capability 8.0 or newer"
     return None
 
 

@@ -14,7 +14,7 @@ from fastpref.ops import _check
 
 F = TypeVar("F", bound=Callable[..., Any])
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-BACKENDS = ("reference", "torch", "cpu")
+BACKENDS = ("reference", "torch", "cpu", "triton")
 
 
 class FlatHead(NamedTuple):

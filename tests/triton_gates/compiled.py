@@ -1,0 +1,87 @@
+"""Every shipped tile compiles for its architecture, fits it, spills nothing and runs on tensor cores; and the gate sees
+where one does not. FASTPREF_AOT=all compiles all of the table and odd shapes (7 minutes); else a sample of it.
+"""
+
+import os
+
+import pytest
+import torch
+
+from fastpref.kernels.triton import configs, table
+from tests.triton_gates.aot import SHARED, Problem, compiled, gate
+
+ALL = os.environ.get("FASTPREF_AOT") == "all"
+LLAMA, ODD = (8192, 4096, 151936), (1003, 901, 50257)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", *(["sm_86"] if ALL else [])])
+def test_forward_sweep(monkeypatch, arch):
+    for code in compiled(monkeypatch, arch, Problem(*LLAMA, BF16).score):
+        gate(code, tensor_cores=code.kernel == "score_kernel")
+
+
+@pytest.mark.parametrize("arch", SHARED if ALL else ["sm_80", "sm_90"])
+def test_products(monkeypatch, arch):
+    found = compiled(monkeypatch, arch, Problem(*LLAMA, BF16).gradients)
+    assert [code.kernel for code in found] == ["d_hidden_kernel", "d_weight_kernel"]
+    for code in found:
+        gate(code, tensor_cores=True)
+
+
+@pytest.mark.parametrize("arch", SHARED if ALL else ["sm_90"])
+def test_rest(monkeypatch, arch):
+    found = compiled(monkeypatch, arch, Problem(*LLAMA, BF16).rest)
+    names = "label_dots add_rows d_bias selective_sums selective_gradient"
+    assert [code.kernel for code in found] == [f"{name}_kernel" for name in names.split()]
+    for code in found:
+        gate(code, tensor_cores=False)
+
+
+@pytest.mark.parametrize("arch", SHARED if ALL else ["sm_90"])
+def test_true_fp32(monkeypatch, arch):
+    problem = Problem(*LLAMA, FP32)
+    for code in compiled(monkeypatch, arch, lambda: (problem.score(), problem.gradients())):
+        gate(code, tensor_cores=False)
+        assert not any(code.count(name) for name in ("HMMA", "HGMMA", "UTCHMMA")), "tf32 without being asked for"
+
+
+@pytest.mark.skipif(not ALL, reason="FASTPREF_AOT=all compiles the whole table")
+@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 30.0}])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("shape", [LLAMA, ODD])
+@pytest.mark.parametrize("arch", SHARED)
+def test_everything(monkeypatch, arch, shape, dtype, options):
+    problem = Problem(*shape, dtype, **options)
+    calls = (problem.score, lambda: problem.score(store=False), lambda: problem.score(again=True), problem.gradients)
+    for code in [code for call in calls for code in compiled(monkeypatch, arch, call)]:
+        gate(code, tensor_cores=dtype != FP32 and code.kernel != "sums_kernel")
+
+
+def test_table_has_a_row_for_everything():
+    for arch in SHARED:
+        for dtype in (BF16, FP16, FP32):
+            for hidden_size, vocab_size in ((64, 100), (4096, 151936), (16384, 1_000_000)):
+                config = configs.lookup(arch, dtype, hidden_size, vocab_size)
+                assert config.score.fresh * config.score.depth <= 256
+                # bytes of partial sums that a row takes: what the planner counts on
+                assert config.score.columns * config.score.tiles >= 20 * 12
+    assert all(row.arch in SHARED for row in table.ROWS)
+
+
+def test_gate_sees_a_spill(monkeypatch):
+    codes = compiled(monkeypatch, "sm_90", Problem(*LLAMA, BF16).score, maxnreg=128)
+    with pytest.raises(AssertionError, match="score_kernel on sm_90 spills"):
+        gate(codes[0], tensor_cores=True)
+
+
+def test_gate_sees_too_much_shared_memory(monkeypatch):
+    codes = compiled(monkeypatch, "sm_90", Problem(*LLAMA, BF16).gradients, num_stages=6)
+    with pytest.raises(AssertionError, match="bytes of shared memory"):
+        gate(codes[0], tensor_cores=True)
+
+
+def test_gate_sees_products_beside_the_tensor_cores(monkeypatch):
+    codes = compiled(monkeypatch, "sm_80", Problem(*LLAMA, FP32).score)
+    with pytest.raises(AssertionError, match="score_kernel on sm_80 has no HMMA"):
+        gate(codes[0], tensor_cores=True)
