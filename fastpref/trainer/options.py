@@ -96,6 +96,10 @@ class TrainOptions:
         if self.bf16 and self.fp16:
             raise ValueError(f"{self.recipe}: bf16 and fp16 exclude each other; got both")
 
+    def items_per_step(self, processes: int) -> int:
+        """Items of an optimizer step, over all processes and accumulated batches."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+
     @property
     def head_options(self) -> dict[str, int]:
         """What of these the fused head takes, in its units."""

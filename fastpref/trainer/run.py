@@ -72,7 +72,7 @@ class Run:
     @property
     def per_step(self) -> int:
         """Items of an optimizer step, over all processes and accumulated batches."""
-        return items_per_step(self.options, self.accelerator)
+        return self.options.items_per_step(self.accelerator.num_processes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -97,10 +97,6 @@ class Run:
         self.tokenizer.save_pretrained(folder)
 
 
-def items_per_step(options: TrainOptions, accelerator: Accelerator) -> int:
-    return options.per_device_train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
-
-
 def steps_of(options: TrainOptions, steps_per_epoch: int) -> int:
     return options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * steps_per_epoch)
 
@@ -112,6 +108,7 @@ def open_run(
     load: Callable[[Any, PreTrainedTokenizerBase, Callable[[str], None]], tuple[list[Any], list[Any]]],
     build: Callable[[Any, str, Path | None], Any] = causal_lm,
     updates: int = 1,
+    ddp: bool = True,
 ) -> Run:
     """Everything before the first step.
 
@@ -121,6 +118,7 @@ def open_run(
             `prompt_ids` and `n_tokens`.
         build: given options, the model's name and the checkpoint to go on from or None: the model.
         updates: optimizer updates a step, which the schedule counts.
+        ddp: False: the recipe adds up the gradients of several processes itself.
     Raises:
         ValueError: the items do not fill a step; what `start` and `where_to_start` refuse.
     """
@@ -136,14 +134,15 @@ def open_run(
         name = o.model_name_or_path or demo_model()
         tokenizer = AutoTokenizer.from_pretrained(name)
         items, held_out = load(o, tokenizer, say)
-    per_step = items_per_step(o, accelerator)
+    per_step = o.items_per_step(accelerator.num_processes)
     if len(items) < per_step:
         raise ValueError(
             f"{o.recipe}: {len(items)} training {unit} do not fill one optimizer step of {per_step} {unit}"
         )
     model = build(o, name, resumed)
     optimizer = torch.optim.AdamW(decay_groups(model, o.weight_decay), lr=o.learning_rate, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model = accelerator.prepare_model(model, evaluation_mode=not ddp)  # which is what leaves out DDP
+    optimizer = accelerator.prepare(optimizer)
     total = updates * steps_of(o, len(items) // per_step)
     warmup = math.ceil(o.warmup_steps * total) if o.warmup_steps < 1 else int(o.warmup_steps)
     scheduler = get_scheduler(o.lr_scheduler_type, optimizer, warmup, total)
@@ -216,7 +215,7 @@ def update(run: Run, step: int, batches: Iterable[tuple[Any, bool]], loss: Calla
     Raises:
         FloatingPointError: loss or gradient are not finite, before the weights took it up; without skip_nonfinite.
     """
-    o, accelerator = run.options, run.accelerator
+    accelerator = run.accelerator
     run.model.train()
     tally = Tally()
     for batch, is_last in batches:
@@ -224,7 +223,12 @@ def update(run: Run, step: int, batches: Iterable[tuple[Any, bool]], loss: Calla
         with nullcontext() if is_last else accelerator.no_sync(run.model):
             # DDP averages over processes, and the loss is already this batch's share of the mean over all
             accelerator.backward(loss(batch, tally) * accelerator.num_processes)
-    sums = tally.reduced()
+    return take(run, step, tally)
+
+
+def take(run: Run, step: int, tally: Tally) -> Update:
+    """The optimizer's part of an update, once the gradients are there; raises as `update` does."""
+    o, accelerator, sums = run.options, run.accelerator, tally.reduced()
     norm = float(accelerator.clip_grad_norm_(run.model.parameters(), o.max_grad_norm or math.inf))
     done = Update(sums, norm, run.scheduler.get_last_lr()[0])
     if not finite(run, done):
