@@ -128,6 +128,9 @@ HEADLINE = {
     "accuracy": ("accuracy", "5.3f"),
     "mean_token_accuracy": ("token accuracy", "5.3f"),
     "kl": ("kl", ".3f"),
+    "objective/scores": ("score", ".4f"),
+    "reward": ("reward", ".4f"),
+    "objective/kl": ("kl", ".3f"),
 }
 
 

@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 PANELS = {
     "loss": ["loss"],
+    "reward of a completion": ["objective/scores", "reward"],
+    "tokens of a completion": ["completions/mean_length"],
     "rewards": ["rewards/chosen", "rewards/rejected"],
     "reward margin, chosen - rejected": ["rewards/margins", "margin"],
     "accuracy": ["rewards/accuracies", "accuracy"],
-    "KL to the reference, nats": ["kl"],
+    "KL to the reference, nats": ["kl", "objective/kl"],
     "token accuracy": ["mean_token_accuracy"],
-    "entropy of a token, nats": ["entropy"],
+    "entropy of a token, nats": ["entropy", "policy/entropy_avg"],
     "log-probability of an answer, nats": ["logps/chosen", "logps/rejected"],
     "gradient norm": ["grad_norm"],
 }
@@ -33,6 +35,8 @@ TABLE = {
     "eval_rewards/margins": "reward margin",
     "eval_margin": "reward margin",
     "eval_kl": "KL",
+    "eval_reward": "reward",
+    "eval_completions/mean_length": "tokens",
     "eval_mean_token_accuracy": "token accuracy",
 }
 TIES = "(accuracy: share of pairs with chosen > rejected. Before, the policy is the reference: all margins are 0)"

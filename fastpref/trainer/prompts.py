@@ -1,0 +1,107 @@
+"""Prompts to complete: rows with a `prompt`, text or messages, whose other columns go to the reward functions."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.trainer.demo import demo_pairs
+from fastpref.trainer.encode import encode_chat, encode_text, kind_of, template_options
+from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.start import load_items
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as it was given, as token ids, and what stands beside it in its row."""
+
+    prompt: str | list[dict[str, Any]]
+    prompt_ids: list[int]
+    columns: dict[str, Any]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass
+class PromptReport:
+    """What `tokenize_prompts` kept and dropped. `str()` is for the user."""
+
+    rows: int = 0
+    kept: int = 0
+    tokens: float = 0.0  # mean over the kept
+    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> row indices
+
+    def __str__(self) -> str:
+        parts = [f"{self.kept} of {self.rows} prompts kept; mean tokens {self.tokens:.1f}."]
+        parts += [f"{len(rows)} dropped: {why} (first: row {rows[0]})." for why, rows in sorted(self.dropped.items())]
+        return " ".join(parts)
+
+
+def prompt_columns(names: Sequence[str]) -> str | None:
+    """None if a row has these columns and a prompt among them, else what is wanted."""
+    return None if "prompt" in names else "prompt"
+
+
+def tokenize_prompts(
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> tuple[list[Prompt], PromptReport]:
+    """Distinct prompts as token ids, in the order of the rows; messages end where the assistant's answer begins.
+
+    max_length: of a prompt, tokens; longer ones are dropped and counted, as are those without a token and repeats.
+    """
+    prompts: list[Prompt] = []
+    report, seen = PromptReport(), set()
+    for index, row in enumerate(rows):
+        report.rows += 1
+        prompt, where = row["prompt"], f"tokenize_prompts: row {index}"
+        if kind_of("prompt", prompt, where) == "text":
+            ids = encode_text(prompt, tokenizer)
+        else:
+            options = template_options(row, where)
+            ids = encode_chat(prompt, tokenizer, where, add_generation_prompt=True, **options)
+        key = repr(row)
+        if not ids:
+            reason = "no token"
+        elif max_length is not None and len(ids) > max_length:
+            reason = f"more than {max_length} tokens, which with a completion would exceed max_length"
+        elif key in seen:
+            reason = "repeated"
+        else:
+            seen.add(key)
+            prompts.append(Prompt(prompt, ids, {name: value for name, value in row.items() if name != "prompt"}))
+            continue
+        report.dropped.setdefault(reason, []).append(index)
+    report.kept = len(prompts)
+    if not prompts:
+        raise ValueError(f"tokenize_prompts: rows must hold at least one usable prompt; {report}")
+    report.tokens = sum(prompt.n_tokens for prompt in prompts) / len(prompts)
+    return prompts, report
+
+
+def load_prompts(
+    options: TrainOptions, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None], *, new_tokens: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(prompts to train on, held-out prompts) that leave room for `new_tokens` within max_length."""
+    room = None if options.max_length is None else options.max_length - new_tokens
+    if room is not None and room < 1:
+        raise ValueError(
+            f"{options.recipe}: max_length must leave room for a prompt beside {new_tokens} new tokens; "
+            f"got {options.max_length}"
+        )
+    return load_items(
+        options,
+        say,
+        columns=prompt_columns,
+        tokenize=lambda rows: tokenize_prompts(rows, tokenizer, max_length=room),
+        demo=lambda size: _demo_prompts(options.seed, size),
+    )
+
+
+def _demo_prompts(seed: int, held_out: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """`Review of the movie ...:`, each film once."""
+    both = demo_pairs(seed=seed, held_out=max(held_out, 1))
+    train, test = ([{"prompt": p} for p in dict.fromkeys(row["prompt"] for row in rows)] for rows in both)
+    return train, test if held_out else []

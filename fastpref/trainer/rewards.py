@@ -1,0 +1,162 @@
+"""Rewards of completions: trained reward models, Python functions, or several with weights.
+
+A source is the folder or hub name of a reward model (a sequence classifier with one label), `module:function`, or a
+function. Functions have the signature of TRL's reward functions:
+
+    f(prompts, completions, completion_ids, **other columns of the dataset) -> a number, or None, for each completion
+
+prompts and completions are texts, or lists of messages where the dataset has messages. None: it cannot tell.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from fastpref.trainer.collate import collate
+from fastpref.trainer.prompts import Prompt
+from fastpref.trainer.rollout import Sample, batches
+
+Source = Callable[[Sequence[Prompt], Sequence[Sample]], list[float]]
+
+
+class Rewards:
+    """The sources of a run.
+
+    Args:
+        sources: as above, or (name, function of prompts and samples).
+        weights: one a source; None: 1 each.
+        tokenizer: the policy's.
+        device, batch_size: where reward models run, and how many completions they read at once.
+    Raises:
+        ValueError: no source, weights of another number, or a source that is neither a function nor a reward model.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Any],
+        weights: Sequence[float] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
+        if not sources:
+            raise ValueError("Rewards: a reward is wanted: a reward model's folder, or a function as module:function")
+        if weights is not None and len(weights) != len(sources):
+            raise ValueError(f"Rewards: reward_weights must be {len(sources)}, one a source; got {len(weights)}")
+        self.weights = torch.tensor([1.0] * len(sources) if weights is None else list(weights))
+        self._sources: dict[str, Source] = {}
+        for source in sources:
+            name, function = _source(source, tokenizer, device, batch_size)
+            if name in self._sources:
+                raise ValueError(f"Rewards: sources must differ in name; got {name} twice")
+            self._sources[name] = function
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._sources)
+
+    def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> None:
+        """Keeps what each source says in the samples' `rewards`; prompts[i] is that of samples[i]."""
+        found = [source(prompts, samples) for source in self._sources.values()] if samples else []
+        for name, rewards in zip(self._sources, found, strict=False):
+            if len(rewards) != len(samples):
+                raise ValueError(f"Rewards: {name} must return {len(samples)} rewards, one each; got {len(rewards)}")
+        for i, sample in enumerate(samples):
+            sample.rewards = [rewards[i] for rewards in found]
+
+    def totals(self, samples: Sequence[Sample]) -> Tensor:
+        """(N,) weighted sums; a source that cannot tell adds nothing, and NaN is where none can."""
+        each = torch.tensor([sample.rewards for sample in samples])
+        return torch.where(each.isnan().all(1), torch.nan, (each * self.weights).nansum(1))
+
+
+def _source(
+    source: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int
+) -> tuple[str, Source]:
+    if isinstance(source, tuple):
+        return source
+    if callable(source):
+        name = getattr(source, "__name__", type(source).__name__)
+        return name, partial(_of_function, source, tokenizer)
+    if ":" in source:
+        module, _, name = source.partition(":")
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # the console script looks beside itself only, not where it is called
+        function = getattr(importlib.import_module(module), name, None)
+        if not callable(function):
+            raise ValueError(f"Rewards: {source} must name a function as module:function; {module} has no {name}")
+        return name, partial(_of_function, function, tokenizer)
+    return str(source).rstrip("/").rpartition("/")[2], RewardModel(source, tokenizer, device, batch_size)
+
+
+def _of_function(
+    function: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sample],
+) -> list[float]:
+    completions = [completion_of(tokenizer, prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
+    columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
+    found = function(
+        prompts=[prompt.prompt for prompt in prompts],
+        completions=completions,
+        completion_ids=[sample.ids for sample in samples],
+        **columns,
+    )
+    return [float("nan") if reward is None else float(reward) for reward in found]
+
+
+class RewardModel:
+    """A trained sequence classifier with one label, read at the last token of prompt + completion."""
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int) -> None:
+        is_adapter = (Path(name) / "adapter_config.json").is_file()
+        auto: Any = AutoPeftModelForSequenceClassification if is_adapter else AutoModelForSequenceClassification
+        model = auto.from_pretrained(name, **({"num_labels": 1} if is_adapter else {}))
+        if model.config.num_labels != 1:
+            raise ValueError(f"RewardModel: {name} must have one label; got {model.config.num_labels}")
+        self._model = model.to(device).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(name)
+        if model.config.pad_token_id is None:  # by which it finds the last token
+            pad, eos = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
+            model.config.pad_token_id = eos if pad is None else pad
+        self._same = self._tokenizer.get_vocab() == tokenizer.get_vocab()
+        self._policys, self._device, self._batch_size = tokenizer, device, batch_size
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[float]:
+        found = [0.0] * len(samples)
+        wholes = [self._ids(sample) for sample in samples]
+        for batch in batches(range(len(samples)), self._batch_size, lambda i: len(wholes[i])):
+            read = collate([(wholes[i], []) for i in batch], self._model.config.pad_token_id)
+            inputs = {name: read[name].to(self._device) for name in ("input_ids", "attention_mask")}
+            for i, score in zip(batch, self._model(**inputs).logits[:, 0].tolist(), strict=True):
+                found[i] = score
+        return found
+
+    def _ids(self, sample: Sample) -> list[int]:
+        ids = sample.prompt_ids + sample.ids
+        if self._same:
+            return ids
+        # another vocabulary: its own tokens for the same text, special tokens of the prompt's template included
+        text = self._policys.decode(ids, skip_special_tokens=False)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
+    """The completion as text, without special tokens."""
+    return str(tokenizer.decode(sample.ids, skip_special_tokens=True))
+
+
+def completion_of(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sample: Sample) -> str | list[dict[str, str]]:
+    """The completion as the prompt is given: as text, or as the assistant's message."""
+    text = text_of(tokenizer, sample)
+    return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]

@@ -1,0 +1,50 @@
+"""What the tests of the online recipes share: a tiny model, prompts of two letters, a reward with a known optimum."""
+
+import json
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LETTERS = "abcdefgh"
+WORDS = ["<unk>", "<eos>", "<pad>", *LETTERS, *(f"w{i}" for i in range(21))]
+LENGTH = 4  # tokens of a completion
+REPEATS = "tests._online:repeats"
+
+
+def make_tiny(folder):
+    """Fills a folder with `model`, a random Llama of 20 thousand weights, and `prompts.jsonl`; returns the folder."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": len(WORDS), "eos_token_id": 1, "pad_token_id": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **ids, initializer_range=0.1, tie_word_embeddings=False))
+    model.save_pretrained(folder / "model")
+    rows = [{"prompt": f"{a} {b}", "letter": a} for a in LETTERS for b in LETTERS]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def online_options(kind, folder, output_dir, **given):
+    """Small and fast; the completions always have LENGTH tokens under PPO, and mostly under GRPO."""
+    of_ppo = {"response_length": LENGTH, "stop_token": None, "temperature": 1.0, "use_peft": False, "kl_coef": 0.0}
+    of_grpo = {"max_completion_length": LENGTH, "num_generations": 8}
+    small = {"gradient_checkpointing": False, "logging_steps": 2, "max_length": 16, "learning_rate": 1e-2}
+    sources = {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "prompts.jsonl")}
+    sources |= {"reward_funcs": [REPEATS], "output_dir": str(output_dir)}
+    return kind(**{**small, **(of_ppo if kind.recipe == "ppo" else of_grpo), **sources, **given})
+
+
+def repeats(prompts, completions, letter, **_):
+    """The share of LENGTH words that repeat the prompt's first letter; 1 at best."""
+    return [text.split().count(one) / LENGTH for text, one in zip(completions, letter, strict=True)]
+
+
+def unsure(completions, **_):
+    """Cannot tell where a completion begins with a letter."""
+    return [None if text[:1] in LETTERS else 1.0 for text in completions]

@@ -1,0 +1,138 @@
+"""`fastpref grpo` on a tiny model: GRPO and RLOO find a known optimum; groups, and what a dead one costs."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+
+from fastpref.trainer import grpo
+from fastpref.trainer.grpo import GRPOOptions, group_advantages, train
+from fastpref.trainer.metrics import Tally, read_metrics
+from fastpref.trainer.online import draw, facts_of, open_online
+from tests._online import make_tiny, online_options
+from tests._trainer import TWO_PROCESSES, assert_same_metrics, run_command
+from tests.test_plan import measured_passes
+
+options = partial(online_options, GRPOOptions)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("loss_type", ["grpo", "rloo"])
+def test_reaches_95_percent_of_the_optimum(tiny, tmp_path, loss_type, seed):
+    given = {"per_device_train_batch_size": 256, "lr_scheduler_type": "linear", "max_steps": 50}
+    train(options(tiny, tmp_path, loss_type=loss_type, seed=seed, **given))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[0]["reward"] < 0.2
+    assert lines[-1]["reward"] >= 0.95
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "gspo", "cispo", "sapo", "luspo", "reinforce", "bnpo"])
+def test_every_loss_improves(tiny, tmp_path, loss_type):
+    given = {"per_device_train_batch_size": 64, "max_steps": 10, "beta": 0.01, "num_iterations": 2}
+    given |= {} if loss_type == "reinforce" else {"steps_per_generation": 2}
+    train(options(tiny, tmp_path, loss_type=loss_type, **given))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[-1]["reward"] > lines[0]["reward"] + 0.03
+    assert lines[-1]["objective/kl"] > 0.1
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    found, deviations = group_advantages(rewards, 3, "paper", "grpo")
+    std = math.sqrt((4 + 1 + 9) / 2)
+    torch.testing.assert_close(deviations, torch.tensor([std, 0.0]))
+    torch.testing.assert_close(found, torch.tensor([-2.0, -1.0, 3.0, 0, 0, 0]) / (std + 1e-4))
+    found, _ = group_advantages(rewards, 3, "paper", "rloo")  # less the mean of the others
+    torch.testing.assert_close(found, torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5, 0, 0, 0]))
+    found, _ = group_advantages(rewards, 3, "paper", "dr_grpo")
+    torch.testing.assert_close(found, torch.tensor([-2.0, -1.0, 3.0, 0, 0, 0]))
+    found, _ = group_advantages(rewards, 3, "batch", "dr_grpo")
+    torch.testing.assert_close(found, torch.tensor([-2.0, -1.0, 3.0, 0, 0, 0]) / (rewards.std() + 1e-4))
+
+
+def test_a_completion_that_no_reward_can_tell_is_left_out_of_its_group():
+    rewards = torch.tensor([1.0, math.nan, 3.0, math.nan, math.nan, math.nan])
+    found, _ = group_advantages(rewards, 3, "none", "rloo")
+    torch.testing.assert_close(found, torch.tensor([-2.0, 0.0, 2.0, 0, 0, 0]))
+
+
+def passes_of_a_step(tiny, folder, equal, **given):
+    """Passes over the head, 2 N H V each, of a step's loss and backward; a share of the groups has equal rewards."""
+    run, rewards = open_online(options(tiny, folder, per_device_train_batch_size=64, max_steps=1, **given))
+    wanted = [(i, k) for i in range(8) for k in range(8)]
+    samples = draw(run, rewards, run.items, wanted, 1, partial(facts_of, run))
+    for place, sample in enumerate(samples):
+        sample.rewards = [0.0 if place < equal * 64 else float(place % 8)]
+    batch, sums = grpo.judged(run.options, rewards, samples)
+    assert sums["frac_reward_zero_std"] == [equal * 8, 8.0]
+    n_tokens = int(batch.mask.sum())
+    run.bare_model.train()
+    run.bare_model.actor.base_model.requires_grad_(False)  # what is left is the head
+    hidden_size, vocab_size = 32, run.bare_model.actor.lm_head.weight.shape[0]
+    call = partial(grpo.backward_of_batch, run, batch, n_tokens, list(range(64)), Tally())
+    return measured_passes(call, 2 * n_tokens * hidden_size * vocab_size)
+
+
+def test_groups_without_a_difference_cost_no_backward_in_the_head(tiny, tmp_path, monkeypatch):
+    # the backend whose GEMMs the profiler sees
+    monkeypatch.setattr(GRPOOptions, "head_options", property(lambda _: {"backend": "torch"}))
+    half = passes_of_a_step(tiny, tmp_path, 0.5)
+    none = passes_of_a_step(tiny, tmp_path, 0.0)
+    # the base's own GEMMs are the same in both
+    assert none - half == pytest.approx(0.5, abs=0.02)
+
+
+def test_masked_truncated_completions_have_no_loss(tiny, tmp_path):
+    given = {"per_device_train_batch_size": 64, "max_steps": 1, "logging_steps": 1}
+    train(options(tiny, tmp_path / "all", **given))
+    train(options(tiny, tmp_path / "none", **given, mask_truncated_completions=True, max_completion_length=1))
+    every, masked = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("all", "none"))
+    assert every["grad_norm"] > 1e-2
+    assert masked["completions/clipped_ratio"] > 0.8
+    assert masked["grad_norm"] < every["grad_norm"]
+
+
+def test_several_rewards_with_weights(tiny, tmp_path):
+    both = {"reward_funcs": ["tests._online:repeats", "tests._online:unsure"], "reward_weights": [2.0, -1.0]}
+    train(options(tiny, tmp_path, **both, per_device_train_batch_size=64, max_steps=1, logging_steps=1))
+    line = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert line["rewards/unsure/mean"] == 1.0
+    assert line["reward"] < 2 * line["rewards/repeats/mean"]
+
+
+def test_two_processes_make_the_run_of_one(tiny, tmp_path):
+    given = {"max_steps": 3, "num_iterations": 2, "steps_per_generation": 4, "beta": 0.05, "logging_steps": 1}
+    train(options(tiny, tmp_path / "one", **given, per_device_train_batch_size=16, gradient_accumulation_steps=2))
+    given = options(tiny, tmp_path / "two", **given, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    run_command(given, launcher=TWO_PROCESSES)
+    assert_same_metrics(tmp_path / "two", tmp_path / "one", abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"beta": 0.1, "kl_coef": 0.1}, "the KL counts in the loss"),
+        ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"loss_type": "grop"}, "loss_type must be one of ppo, grpo"),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation must be a multiple"),
+    ],
+)
+def test_refuses(tiny, tmp_path, given, message):
+    with pytest.raises(ValueError) as refused:
+        options(tiny, tmp_path, **given)
+    assert str(refused.value).startswith("grpo: ") and message in str(refused.value)
+
+
+def test_refuses_half_a_group(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"^grpo: the completions of a step must be whole groups of 8; got 12 = 12 a"):
+        train(options(tiny, tmp_path, per_device_train_batch_size=12))
