@@ -1,9 +1,12 @@
 """What the trainer's tests share: a tiny random Llama, preferences, and runs in processes of their own."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +28,10 @@ TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-nod
 
 
 def make_tiny(folder):
-    """Fills a folder with `model` and `pairs.jsonl`: "good" is preferred to "bad", each after nought to three words."""
+    """Fills a folder with `model`, and "good" preferred to "bad", each after nought to three words: `pairs.jsonl`.
+
+    Beside them `examples.jsonl`, the chosen of each pair, and `labelled.jsonl`, the pairs taken apart.
+    """
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -44,7 +50,11 @@ def make_tiny(folder):
         }
         for _ in range(64)
     ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    sides = [("chosen", True), ("rejected", False)]
+    labelled = [{"prompt": row["prompt"], "completion": row[side], "label": ok} for side, ok in sides for row in rows]
+    for name, found in {"pairs": rows, "examples": examples, "labelled": labelled[:96]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
 def weights(folder):
@@ -65,21 +75,57 @@ def assert_same_weights(a, b, **tolerance):
         torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def run_command(given, *extra, launcher=(), kill_at=None):
-    """The recipe in a process of its own; killed when its metrics reach the step `kill_at`."""
+def run_command(given, *extra, launcher=()):
+    """The recipe by its command, in a process of its own."""
     words = as_command(given.recipe, given).split()
     command = [sys.executable, *launcher, "-m", "fastpref", *words, *extra]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(ROOT)
-    with subprocess.Popen(
-        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        metrics = Path(given.output_dir, "metrics.jsonl")
-        while kill_at is not None and process.poll() is None:
-            if metrics.exists() and any(line["step"] >= kill_at for line in read_metrics(metrics)):
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == (0 if kill_at is None else -signal.SIGKILL), output
-    return output
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def start_processes(given, n=1, **environment):
+    """Starts the recipe in n processes, ranks of one run; they come of a server that has imported everything once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastpref.trainer.dpo", "fastpref.trainer.reward", "tests._trainer"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"ACCELERATE_USE_CPU": "true", **environment}
+    if n > 1:
+        shared |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [shared | ({"RANK": str(i), "LOCAL_RANK": str(i)} if n > 1 else {}) for i in range(n)]
+    threads = torch.get_num_threads()
+    processes = [context.Process(target=_train, args=(given, rank, threads)) for rank in ranks]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_processes(given, n=1, **environment):
+    for process in start_processes(given, n, **environment):
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def run_and_kill(given, at):
+    """Runs the recipe in a process of its own and kills it when its metrics reach the step `at`."""
+    (process,) = start_processes(given)
+    metrics = Path(given.output_dir, "metrics.jsonl")
+    while process.is_alive():
+        if metrics.exists() and any(line["step"] >= at for line in read_metrics(metrics)):
+            process.kill()
+            break
+        time.sleep(0.002)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _train(given, environment, threads):
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    importlib.import_module(f"fastpref.trainer.{given.recipe}").train(given)

@@ -339,3 +339,16 @@ def test_refusals(name):
     changes, error, message = REFUSALS[name]
     with pytest.raises(error, match=f"^linear_cross_entropy: {message}"):
         linear_cross_entropy(**change(**changes))
+
+
+def test_metrics_are_means_over_the_tokens_that_count():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 8, generator=generator), torch.randn(11, 8, generator=generator)
+    targets = torch.tensor([3, -100, 1, 10, -100, 0, 5])
+    plain = linear_cross_entropy(hidden, weight, targets)
+    loss, metrics = linear_cross_entropy(hidden, weight, targets, return_metrics=True)
+    logps = (hidden @ weight.T).log_softmax(-1)[targets != -100]
+    assert torch.equal(loss, plain)
+    torch.testing.assert_close(metrics["entropy"], -(logps.exp() * logps).sum(-1).mean())
+    right = (logps.argmax(-1) == targets[targets != -100]).float().mean()
+    torch.testing.assert_close(metrics["mean_token_accuracy"], right)

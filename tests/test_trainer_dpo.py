@@ -28,7 +28,9 @@ from tests._trainer import (
     assert_same_metrics,
     assert_same_weights,
     make_tiny,
+    run_and_kill,
     run_command,
+    run_processes,
     weights,
 )
 
@@ -134,7 +136,7 @@ def test_killed_and_resumed_is_uninterrupted(tiny, tmp_path, capsys):
     long = {"max_steps": 60, "save_steps": 4, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 7}
     long |= {"use_peft": True, "lora_dropout": 0.3, "lora_target_modules": ["q_proj", "v_proj"], "learning_rate": 0.02}
     train(options(tiny, tmp_path / "whole", **long))
-    run_command(options(tiny, tmp_path / "killed", **long), kill_at=9)
+    run_and_kill(options(tiny, tmp_path / "killed", **long), at=9)
     killed_at = read_metrics(tmp_path / "killed/metrics.jsonl")[-1]["step"]
     assert 9 <= killed_at < 60
     last = max((tmp_path / "killed").glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
@@ -235,7 +237,7 @@ def test_a_mixture_of_experts_trains_its_router_too(tiny, tmp_path):
 
 def test_mixed_precision_checkpointed_activations_and_a_tracker(tiny, tmp_path):
     given = options(tiny, tmp_path, bf16=True, gradient_checkpointing=True, report_to="tensorboard")
-    run_command(given)  # in a process of its own: accelerate keeps one precision for the life of a process
+    run_processes(given)  # one of its own: accelerate keeps one precision for the life of a process
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["eval_loss"] < 0.6
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert weights(tmp_path / "model")["lm_head.weight"].dtype is torch.float32

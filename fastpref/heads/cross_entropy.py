@@ -1,9 +1,12 @@
 """Cross-entropy on the fused head: hidden states in, the SFT loss and its gradients out, no logits."""
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
 from fastpref.heads._divisor import divisor
+from fastpref.heads._sequences import mean
 from fastpref.heads.sweep import in_parts, sweep
 from fastpref.ops import _check, _head
 from fastpref.ops.label_margin import label_margin
@@ -13,7 +16,15 @@ FN = "linear_cross_entropy"
 HOT = 2.0**40  # a temperature at which exp(z / HOT) is 1 in fp32
 
 
+@overload
 def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_metrics: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_metrics: Literal[True], **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+def linear_cross_entropy(  # type: ignore[misc]  # the options written out once, here
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -21,6 +32,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     label_smoothing: float = 0.0,
+    return_metrics: bool = False,
     bias: Tensor | None = None,
     ignore_index: int = -100,
     temperature: float | Tensor = 1.0,
@@ -33,7 +45,7 @@ def linear_cross_entropy(
     deterministic: bool = False,
     check_finite: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """-(1 - s) log p_y - (s / V) sum_v log p_v of each token, s = label_smoothing, averaged over unskipped tokens.
 
     As torch.nn.functional.cross_entropy of the logits as used (scaled, capped, over the temperature), which never
@@ -48,6 +60,8 @@ def linear_cross_entropy(
         reduction: "mean" over unskipped tokens, "sum", or "none": shaped like targets, 0 where skipped.
         num_items: tokens over all ranks and micro-batches of the step: the loss is sum / num_items.
         label_smoothing: the share of probability spread evenly over all V classes, in [0, 1].
+        return_metrics: return (loss, metrics): entropy and mean_token_accuracy, TRL's names, means over unskipped
+            tokens, 0-d and detached. They cost no pass.
         bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, workspace, deterministic,
             check_finite, backend: as in linear_logps.
         max_extra_bytes: where the tokens take several chunks, what the fp32 copy of the weight's gradient may take,
@@ -79,7 +93,8 @@ def linear_cross_entropy(
         check_finite=check_finite,
         backend=backend,
     )
-    by = divisor(FN, reduction, num_items, (flat.targets != ignore_index).sum())
+    live = flat.targets != ignore_index
+    by = divisor(FN, reduction, num_items, live.sum())
     summed = reduction != "none"
     logps, found = _logps(flat, summed, max_extra_bytes)
     loss = 0.0 - logps  # not -logps: a skipped token's loss is 0, not -0
@@ -92,7 +107,10 @@ def linear_cross_entropy(
             hot, _ = _logps(flat._replace(inv_temperature=flat.inv_temperature / HOT), summed, max_extra_bytes)
             margin = margin + HOT * (hot - hot.detach())
         loss = loss + label_smoothing * margin
-    return loss / by if summed else loss.reshape(targets.shape)
+    loss = loss / by if summed else loss.reshape(targets.shape)
+    if not return_metrics:
+        return loss
+    return loss, {"entropy": mean(found["entropy"], live), "mean_token_accuracy": mean(found["is_top1"], live)}
 
 
 def _logps(flat: _head.FlatHead, summed: bool, max_extra_bytes: int | None) -> tuple[Tensor, dict[str, Tensor]]:

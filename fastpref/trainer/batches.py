@@ -38,19 +38,19 @@ def of_all(
     indices: Iterable[int],
     size: int,
     score: Callable[[list[int], Tally], Tensor],
-    label: str,
+    label: str | None,
 ) -> tuple[Tensor, Sums]:
     """((items, ...) of score(batch of indices, tally) (B, ...), NaN at other items, on the CPU; the tally's sums).
 
     Each process does its share; items of like length go together, which saves padding.
-    items: with n_tokens each.
+    items: with n_tokens each. label: of the progress bar; None: none is shown.
     """
     order = sorted(indices, key=lambda i: items[i].n_tokens)
     batches = [order[first : first + size] for first in range(0, len(order), size)]
     # under FSDP every process must call the model equally often: some do a batch again, and it does not count
     rounds = math.ceil(len(batches) / accelerator.num_processes)
     tally, found = Tally(), torch.zeros(0)
-    hidden = None if accelerator.is_main_process else True  # None: shown on a terminal only
+    hidden = None if accelerator.is_main_process and label else True  # None: shown on a terminal only
     for i in tqdm(range(rounds), desc=label, unit="batch", leave=False, disable=hidden):
         place = i * accelerator.num_processes + accelerator.process_index
         counts = place < len(batches)

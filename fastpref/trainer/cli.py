@@ -13,11 +13,13 @@ from importlib.util import find_spec
 TRAIN = ("transformers", "accelerate", "datasets", "peft", "matplotlib", "tqdm", "yaml")
 COMMANDS = {  # name: module, what it needs beyond fastpref's own requirements, one line
     "sft": ("fastpref.trainer.sft", TRAIN, "teach a model to answer as examples do; without options, a demo"),
+    "reward": ("fastpref.trainer.reward", TRAIN, "train a reward model on preference pairs; without options, a demo"),
     "dpo": (
         "fastpref.trainer.dpo",
         TRAIN,
         "tune a model on preference pairs (DPO and its relatives); without options, a demo",
     ),
+    "kto": ("fastpref.trainer.kto", TRAIN, "tune a model on answers labelled good or bad; without options, a demo"),
     "ppo": ("fastpref.trainer.ppo", TRAIN, "tune a model on a reward (PPO): four roles on one set of base weights"),
     "grpo": ("fastpref.trainer.grpo", TRAIN, "the same without a critic: GRPO, RLOO and their relatives"),
     "pairs": ("fastpref.trainer.pairs", TRAIN, "make preferences: sample, score, keep the best and the worst"),

@@ -10,7 +10,7 @@ The row formats, and where a completion starts, are those of TRL 1.16's DPOTrain
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastpref.trainer.collate import PromptAndCompletion
 from fastpref.trainer.data_files import load_rows
@@ -29,6 +29,7 @@ class Pair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    margin: float | None = None  # how much better the chosen is, in units of reward, for a reward model
 
     @property
     def n_tokens(self) -> int:
@@ -83,13 +84,17 @@ load_preferences = partial(load_rows, columns=pair_columns)
 
 
 def tokenize_pairs(
-    rows: Iterable[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", *, max_length: int | None = 1024
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int | None = 1024,
+    too_long: Literal["cut", "drop"] = "cut",
 ) -> tuple[list[Pair], TokenizeReport]:
     """Pairs of token ids, in the order of the rows, and a report of what was cut or dropped.
 
     A row holds chosen and rejected, each a text or a list of messages, and usually prompt of the same kind. Without a
     prompt, what both share from their start is the prompt. A text prompt beside conversations is taken for a copy of
-    their opening. Message rows may carry `tools` and `chat_template_kwargs` for the template.
+    their opening. Message rows may have `tools` and `chat_template_kwargs` for the template, any row `margin`.
 
     The completion starts where prompt and prompt + completion, both tokenized, part. A text completion ends with EOS,
     appended where it is absent; a conversation ends as its chat template ends it. BOS is the tokenizer's affair.
@@ -101,6 +106,7 @@ def tokenize_pairs(
         rows: mappings, such as `load_preferences` returns.
         tokenizer: a transformers tokenizer; rows of messages need its chat template, rows of text its EOS token.
         max_length: prompt + completion is cut to this many tokens, the start kept; None: no limit.
+        too_long: "drop" leaves out a pair with a longer sequence: a score of half an answer is of something else.
     Raises:
         ValueError: a malformed row (named by its index), messages without a chat template, a tokenizer without EOS, no
             row left, or max_length < 2.
@@ -117,8 +123,11 @@ def tokenize_pairs(
             report.dropped.setdefault("an empty completion", []).append(index)
             continue
         prompt_ids, (chosen_ids, rejected_ids), shifted = encode(prompt, (chosen, rejected), tokenizer, row, where)
-        whole = Pair(prompt_ids, chosen_ids, rejected_ids)
+        whole = Pair(prompt_ids, chosen_ids, rejected_ids, _margin(row, where))
         pair = _truncate(whole, max_length)
+        if pair != whole and too_long == "drop":
+            report.dropped.setdefault(f"longer than max_length={max_length}", []).append(index)
+            continue
         if not scored(pair.prompt_ids, pair.chosen_ids) or not scored(pair.prompt_ids, pair.rejected_ids):
             report.dropped.setdefault(f"no completion token within max_length={max_length}", []).append(index)
         elif pair.chosen_ids == pair.rejected_ids:
@@ -165,6 +174,13 @@ def split_pair(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
             f"{where}: chosen and rejected must not repeat the prompt's messages; leave out the prompt column"
         )
     return prompt, chosen, rejected
+
+
+def _margin(row: Mapping[str, Any], where: str) -> float | None:
+    margin = row.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+        raise ValueError(f"{where}: margin must be a number; got {margin!r}")
+    return margin
 
 
 def _truncate(pair: Pair, max_length: int | None) -> Pair:

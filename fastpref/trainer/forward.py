@@ -10,6 +10,7 @@ from fastpref.integrations.transformers import HeadOutput
 from fastpref.trainer.collate import IGNORE_INDEX, PromptAndCompletion, collate
 from fastpref.trainer.metrics import Tally
 from fastpref.trainer.run import Run
+from fastpref.trainer.start import padding_id
 
 
 def through_head(
@@ -19,8 +20,7 @@ def through_head(
 
     head: called as head(hidden, weight, targets, **options): what the `linear_*` functions take.
     """
-    pad, eos = run.tokenizer.pad_token_id, run.tokenizer.eos_token_id
-    batch = collate(sequences, eos if pad is None else pad)
+    batch = collate(sequences, padding_id(run.tokenizer))
     inputs = {name: tensor.to(run.accelerator.device) for name, tensor in batch.items()}
     given = {"targets": inputs.pop("targets"), **run.options.head_options}
     found = model(**inputs, head=lambda hidden, weight, **options: head(hidden, weight, **given, **options))

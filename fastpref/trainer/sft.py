@@ -131,12 +131,20 @@ def loss_of_batch(
     sequences = [sequence_of(o, examples[i]) for i in batch]
     tokens = sum(scored(*sequence) for sequence in sequences)
 
-    def head(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        smoothing = {"label_smoothing": o.label_smoothing}
-        return linear_cross_entropy(hidden, weight, targets, num_items=num_items, **smoothing, **options)
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            num_items=num_items,
+            label_smoothing=o.label_smoothing,
+            return_metrics=True,
+            **options,
+        )
 
-    loss, aux_loss = through_head(run, model, sequences, head)
-    return tallied(run, tally, loss, {}, aux_loss, share=tokens / num_items if num_items else 1.0, weight=tokens)
+    (loss, metrics), aux_loss = through_head(run, model, sequences, head)
+    share = tokens / num_items if num_items else 1.0
+    return tallied(run, tally, loss, metrics, aux_loss, share=share, weight=tokens)
 
 
 @torch.no_grad()

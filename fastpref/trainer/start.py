@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fastpref import fused_lm_head
 from fastpref.trainer import checkpoint
@@ -116,6 +116,11 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
         )
         model = get_peft_model(model, lora)
     return model
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The pad token, else EOS: what pads is never read."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def load_items(
