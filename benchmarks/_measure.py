@@ -56,13 +56,17 @@ def seconds(call: Callable[[], object], times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
-def against(bare: Callable[[], object], call: Callable[[], object], rounds: int) -> Row:
-    """Median seconds of a call and of the bare one, run in turn, and the median and range of their ratios."""
-    times = []
-    for one in (bare, call):
-        one()
-        times.append(max(1, round(SHORTEST / max(seconds(one), 1e-6))))
+def against(bare: Callable[[], object], call: Callable[[], object], rounds: int, longest: float = 60.0) -> Row:
+    """Median seconds of a call and of the bare one, run in turn, and the median and range of their ratios.
+
+    longest: seconds that the rounds may take; a call that is too slow for it gets fewer, at least one.
+    """
+    bare()
+    call()
     gc.collect()
+    first = seconds(bare), seconds(call)
+    rounds = max(1, min(rounds, int(longest / sum(first))))
+    times = [max(1, round(SHORTEST / max(one, 1e-6))) for one in first]
     pairs = [(seconds(bare, times[0]), seconds(call, times[1])) for _ in range(rounds)]
     ratios = [spent / least for least, spent in pairs]
     return {

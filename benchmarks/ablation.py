@@ -8,8 +8,9 @@ rows, all   the same with an upstream gradient of 1e-20, which keeps them in eve
 exponentials  backend="torch": the same products in fp32, exponentials and sums by separate operations. Predicted from
             the products' own time: what both backends take on a head of H = 8, where next to nothing but the
             exponentials is left, added and taken off
-packing     a padded batch in place of a packed one, a third of it padding: the head skips padding, so nothing. What
-            packing saves is the backbone's, and the trainer's benchmark shows it
+padding     a backbone on padded sequences in place of a packed row: FLOPs by hand, 6 a weight and token, with the head
+            on the same tokens in both
+shared prompt  the same packed row with a prompt for each completion, in place of one for both
 
 `on` and `off` run in turn; `factor` is the median of their ratio.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from fastpref import linear_logps, linear_policy_loss, plan
 from fastpref.benchmarks._inputs import IGNORE, Batch, Shape, batch
-from fastpref.benchmarks._measure import MIB, Row, Table, against
+from fastpref.benchmarks._measure import Absent, Row, Table, against
 from fastpref.benchmarks._settings import Settings
 
 COLUMNS = (
@@ -36,6 +37,9 @@ COLUMNS = (
 )
 
 
+BACKBONES = {False: (8, 576), True: (2, 576)}  # layers and width; with --quick or without
+
+
 class Switch(NamedTuple):
     name: str
     dtype: torch.dtype
@@ -46,21 +50,21 @@ class Switch(NamedTuple):
 
 def run(settings: Settings) -> list[Row]:
     """The first shape; bf16, and fp32 for the exponentials, so that both backends multiply the same way."""
-    table = Table("ablation", COLUMNS, ("torch",), settings.json)
+    table = Table("ablation", COLUMNS, ("torch", "transformers"), settings.json)
     shape = settings.shapes[0]
-    table.heading(f"one optimisation off at a time, trained head, {shape.model}")
-    pairs, length = (2, 128) if settings.quick else (4, 256)
-    for switch in switches(shape, pairs, length, settings):
-        about = {
-            "contender": switch.name,
-            "model": shape.model,
-            "H": shape.hidden,
-            "V": shape.vocab,
-            "tokens": pairs * length,
-            "dtype": str(switch.dtype).removeprefix("torch."),
-        }
-        measured = against(switch.on, switch.off, settings.rounds)
-        table.add({**about, "predicted": switch.predicted(), **measured})
+    table.heading(f"one optimisation off at a time; head of {shape.model}, trained, and a small Llama for packing")
+    pairs, length = settings.pairs or 4, settings.length or (128 if settings.quick else 256)
+    parts = (partial(switches, shape, pairs, length, settings), partial(packing, settings))
+    for part in parts:
+        try:
+            for switch in part():
+                about: Row = {"contender": switch.name, "dtype": str(switch.dtype).removeprefix("torch.")}
+                if part is parts[0]:
+                    about |= {"model": shape.model, "H": shape.hidden, "V": shape.vocab, "tokens": pairs * length}
+                measured = against(switch.on, switch.off, settings.rounds)
+                table.add({**about, "predicted": switch.predicted(), **measured})
+        except (Absent, ImportError) as error:  # transformers is an extra
+            table.add({"contender": "packing", "reason": f"not measured: {error}"})
     return table.rows
 
 
@@ -68,7 +72,8 @@ def switches(shape: Shape, pairs: int, length: int, settings: Settings) -> Itera
     half = torch.bfloat16
     inputs = batch(shape, pairs, length, half, sampled=True).to(settings.device)
     n = len(inputs.live)
-    workspace = max(2 * n * shape.vocab, 128 * MIB) // 2  # the chunk does not hold all tokens
+    row = 2 * shape.vocab + shape.vocab // 12 + 16 * shape.hidden + 64  # of a chunk, and beside it
+    workspace = n * row * 2 // 3  # half of the tokens
     sizes: dict[str, Any] = {"dtype": half, "trainable_head": True, "couples": "token", "workspace": workspace}
     passes = [plan(n, *shape, **sizes, max_extra_bytes=limit).passes for limit in (None, 0)]
     saving = partial(ppo, inputs, workspace=workspace)
@@ -86,9 +91,6 @@ def switches(shape: Shape, pairs: int, length: int, settings: Settings) -> Itera
     fused = partial(logps, wide.hidden, wide.weight, wide.targets, weighted)
     eager = partial(fused, backend="torch")
     yield Switch("exponentials", torch.float32, partial(eager_exponentials, shape, fused, wide), fused, eager)
-
-    padded, packed = padding(inputs, length)
-    yield Switch("packing", half, lambda: 1.0, packed, padded)
 
 
 def ppo(inputs: Batch, **options: Any) -> None:
@@ -110,12 +112,42 @@ def eager_exponentials(shape: Shape, fused: Callable[[], object], wide: Batch) -
     return 1 + (extra["seconds"] - extra["bare_s"]) / against(fused, fused, 3)["bare_s"]
 
 
-def padding(inputs: Batch, length: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(a padded step, the same packed): sequences from a third of `length` to all of it, two thirds on average."""
-    n = len(inputs.targets)
-    lengths = torch.linspace(length / 3, length, n, device=inputs.targets.device).long()
-    inside = torch.arange(length, device=lengths.device) < lengths[:, None]
-    targets = inputs.targets.where(inside, IGNORE)
-    padded = partial(logps, inputs.hidden, inputs.weight, targets, inputs.upstream)
-    packed = partial(logps, inputs.hidden[inside], inputs.weight, targets[inside], inputs.upstream[inside])
-    return padded, packed
+def packing(settings: Settings) -> Iterator[Switch]:
+    """A Llama of SmolLM2-135M's width, few layers and a small vocabulary, on pairs of uneven lengths; in fp32."""
+    layers, width = BACKBONES[settings.quick]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastpref import fused_lm_head, linear_cross_entropy
+    from fastpref.trainer.collate import collate
+    from fastpref.trainer.packing import enable_packing, pack, through_rows
+
+    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": layers}
+    config = LlamaConfig(hidden_size=width, intermediate_size=width * 8 // 3, vocab_size=2048, **heads)
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(config)
+    model = fused_lm_head(model.to(settings.device))
+    if reason := enable_packing(model):
+        raise Absent(reason)
+    prompts, answers = [30, 120, 60, 90], [60, 20, 130, 40, 25, 80, 50, 110]
+    sequences = [([i % 4 + 5] * prompts[i % 4], [7] * n) for i, n in enumerate(answers)]
+    device = torch.device(settings.device)
+    shared, alone = (pack(sequences, share=share).to(device) for share in (True, False))
+    padded = {name: tensor.to(device) for name, tensor in collate(sequences, 0).items()}
+    targets = padded.pop("targets")
+    weights = sum(p.numel() for p in model.model.layers.parameters())
+    head = config.hidden_size * config.vocab_size * sum(answers)
+
+    def cost(ids: Tensor) -> int:
+        return weights * ids.numel() + head
+
+    def row(batch: Any) -> None:
+        through_rows(model, batch, linear_cross_entropy).backward()
+
+    def rows() -> None:
+        model(**padded, head=lambda hidden, weight: linear_cross_entropy(hidden, weight, targets)).backward()
+
+    tokens = cost(padded["input_ids"]), cost(alone.inputs["input_ids"]), cost(shared.inputs["input_ids"])
+    yield Switch("padding", torch.float32, lambda: tokens[0] / tokens[1], partial(row, alone), rows)
+    yield Switch(
+        "shared prompt", torch.float32, lambda: tokens[1] / tokens[2], partial(row, shared), partial(row, alone)
+    )

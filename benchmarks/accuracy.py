@@ -1,7 +1,5 @@
 """How far log-probs and gradients of the head lie from float64 on the same rounded inputs.
 
-    python benchmarks/accuracy.py [--inputs real peaked] [--dtype bfloat16 float32] [--peers ...] [--json FILE]
-
 real: hidden states and head of SmolLM2-135M-Instruct (H 576, V 49,152) over film critics' quotes, both fetched on
 first use (see fastpref.trainer.demo). peaked: synthetic rows for a head of that size, one logit of each raised by up to
 90, a third of the labels anywhere, so up to 100 nats below the maximum. Per token: rms and largest error of the
@@ -9,17 +7,15 @@ log-prob, nats; `sum 1024` the largest error of a sum over 1,024 tokens in a row
 random, Frobenius, relative. The best of a column is marked *.
 """
 
-import argparse
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastpref.benchmarks._inputs import Exact, Shape, exact, head_weight, peaked_rows, relative_error
 from fastpref.benchmarks._measure import Row, Table, or_reason
-from fastpref.benchmarks._peers import CONTENDERS, LOSSES_ONLY, PACKAGES, load
+from fastpref.benchmarks._peers import COMPILED, CONTENDERS, LOSSES_ONLY, PACKAGES, load
+from fastpref.benchmarks._real import running_text
 from fastpref.benchmarks._settings import Settings
 
 SUM = 1024
@@ -36,24 +32,7 @@ COLUMNS = tuple(
 
 
 def real(n: int, _: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden (S, 1024, H), weight, targets (S, 1024)) in fp32: sequences of quotes, one after the other."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from fastpref.trainer.demo import demo_model, demo_pairs
-
-    folder = demo_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids: list[int] = []
-    for row in demo_pairs()[0]:
-        if len(ids) > n:
-            break
-        ids += tokenizer(row["prompt"] + row["chosen"] + row["rejected"] + "\n")["input_ids"]
-    tokens = torch.tensor(ids[: n + 1])
-    inputs, targets = tokens[:-1].view(-1, SUM), tokens[1:].view(-1, SUM)
-    with torch.no_grad():
-        hidden = model.base_model(inputs).last_hidden_state
-    return hidden, model.get_output_embeddings().weight.detach(), targets
+    return running_text(n, SUM)
 
 
 def peaked(n: int, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,21 +73,17 @@ def mark_best(rows: list[Row]) -> None:
             min(found, key=lambda row: row[key]).setdefault("best", []).append(key)
 
 
-def tables(
-    kinds: Sequence[str],
-    dtypes: Sequence[torch.dtype],
-    peers: Sequence[str],
-    tokens: int,
-    shape: Shape,
-    file: Path | None,
-) -> list[Row]:
-    """A table for each kind of input and dtype."""
-    table = Table("accuracy", COLUMNS, PACKAGES, file)
-    for kind in kinds:
-        hidden, weight, targets = INPUTS[kind](tokens, shape)
-        upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
-        for dtype in dtypes:
-            inputs = hidden.to(dtype), weight.to(dtype), targets
+def run(settings: Settings) -> list[Row]:
+    """Real inputs and peaked ones, in every dtype; --quick: 256 peaked ones, nobody who is compiled."""
+    table = Table("accuracy", COLUMNS, PACKAGES, settings.json)
+    left_out = (*LOSSES_ONLY, *(COMPILED if settings.quick else ()))
+    peers = [name for name in settings.contenders or CONTENDERS if name not in left_out]
+    for kind in ("peaked",) if settings.quick else INPUTS:
+        hidden, weight, targets = INPUTS[kind](256 if settings.quick else 8 * SUM, settings.shapes[0])
+        upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1)).to(settings.device)
+        for dtype in settings.dtypes:
+            device = settings.device
+            inputs = hidden.to(device, dtype), weight.to(device, dtype), targets.to(device)
             true = exact(*inputs, partial(weighted_sum, upstream))
             name = str(dtype).removeprefix("torch.")
             table.heading(
@@ -124,29 +99,3 @@ def tables(
             for row in rows:
                 table.add(row)
     return table.rows
-
-
-def run(settings: Settings) -> list[Row]:
-    """Real inputs for the model at hand and peaked ones, in every dtype; --quick: 256 peaked tokens."""
-    kinds = ("peaked",) if settings.quick else tuple(INPUTS)
-    peers = [name for name in settings.contenders or CONTENDERS if name not in LOSSES_ONLY]
-    tokens = 256 if settings.quick else 8 * SUM
-    return tables(kinds, settings.dtypes, peers, tokens, settings.shapes[0], settings.json)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", nargs="+", choices=list(INPUTS), default=list(INPUTS))
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    peers = [name for name in CONTENDERS if name not in LOSSES_ONLY]
-    parser.add_argument("--peers", nargs="+", choices=peers, default=peers)
-    parser.add_argument("--tokens", type=int, default=8 * SUM)
-    parser.add_argument("--shape", type=Shape.parse, default=Shape(576, 49_152), help="of peaked")
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args(arguments)
-    dtypes = [getattr(torch, name) for name in chosen.dtype]
-    tables(chosen.inputs, dtypes, chosen.peers, chosen.tokens, chosen.shape, chosen.json)
-
-
-if __name__ == "__main__":
-    main()

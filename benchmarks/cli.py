@@ -11,7 +11,8 @@ optimisation off), trainer (a whole step of fastpref dpo beside TRL's). Every co
 timed. Peers that are not installed are named as such; pip install 'fastpref[bench]' has most of them.
 
 Inputs are peaked, as a model's are, and half of each sequence is prompt: random hidden states make every softmax flat,
-and then whoever skips small probabilities skips everything.
+and then whoever skips small probabilities skips everything. --inputs real takes hidden states of SmolLM2-135M over
+film critics' pairs, which are fetched; so does the accuracy suite without --quick.
 """
 
 import argparse
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--length", type=int, help="of a sequence, the first half prompt; none: what fits")
     found.add_argument("--rounds", type=int, help="of timing; 5, or 3 with --quick")
     found.add_argument("--memory-gib", type=float, default=1.0, help="of the memory suite")
+    found.add_argument("--inputs", choices=["peaked", "real"], default="peaked", help="of the head suite")
     found.add_argument("--quick", action="store_true", help="smaller, bfloat16 only, less of everything")
     found.add_argument("--json", type=Path, help="rows are appended to this file, a line each")
     found.add_argument("--plot", type=Path, help="a picture of the rows, .png or .svg")
@@ -84,9 +86,12 @@ def settings_of(chosen: argparse.Namespace) -> Settings:
     losses = chosen.loss or (["dpo", "sft"] if chosen.quick else list(LOSSES))
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"bench: device {chosen.device} was asked for; PyTorch sees no CUDA device")
+    shapes = [Shape.parse(text) for text in chosen.shape]
+    if chosen.inputs == "real" and [shape.model for shape in shapes] != ["SmolLM2-135M"]:
+        raise ValueError(f"bench: inputs real are of SmolLM2-135M alone; got shape {' '.join(chosen.shape)}")
     return Settings(
         device=chosen.device,
-        shapes=[Shape.parse(text) for text in chosen.shape],
+        shapes=shapes,
         dtypes=[getattr(torch, name) for name in dtypes],
         losses=losses,
         heads=chosen.head,
@@ -96,5 +101,6 @@ def settings_of(chosen: argparse.Namespace) -> Settings:
         length=chosen.length,
         memory_gib=chosen.memory_gib,
         quick=chosen.quick,
+        real=chosen.inputs == "real",
         json=chosen.json,
     )

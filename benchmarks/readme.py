@@ -66,7 +66,7 @@ def table(rows: Sequence[Row]) -> str:
     steps: dict[tuple[str, str, str], Row] = {}
     longest: dict[str, Row] = {}
     for row in rows:
-        if row.get("model") != MODEL or row.get("dtype") != DTYPE:
+        if row.get("model") != MODEL or row.get("dtype") != DTYPE or row.get("inputs") == "real":
             continue
         if row["benchmark"] == "head":
             steps[row["loss"], row["head"], row["contender"]] = row

@@ -3,31 +3,33 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastpref.benchmarks import _losses, _measure, accuracy, check, head, head_cpu, memory, memory_cpu, scaling
+from fastpref.benchmarks import (
+    _losses,
+    _measure,
+    _peers,
+    ablation,
+    accuracy,
+    check,
+    head,
+    memory,
+    memory_cpu,
+    readme,
+    scaling,
+)
 from fastpref.benchmarks._inputs import MODELS, Shape, batch
 from fastpref.benchmarks._peers import CONTENDERS, Contender, load, naive_logps
 from fastpref.benchmarks._settings import Settings, sizes
 from fastpref.benchmarks.cli import parser, settings_of
 from fastpref.trainer import cli
 
+ROOT = Path(__file__).parents[1]
 CONTRACT, EAGER = {"bfloat16": 3e-3, "float32": 3e-6}, {"bfloat16": 0.05, "float32": 1e-5}
 TINY = Settings(shapes=(Shape(32, 1003),), pairs=2, length=12, rounds=2, contenders=("fastpref", "naive", "cce"))
-
-
-@pytest.fixture
-def rows(tmp_path):
-    """rows(script, *arguments) -> the rows it wrote."""
-
-    def run(script, *arguments):
-        found = tmp_path / f"{script.__name__}.jsonl"
-        script.main([*map(str, arguments), "--json", str(found)])
-        return [json.loads(line) for line in found.read_text().splitlines()]
-
-    return run
 
 
 def test_head_has_a_row_for_each_loss_head_dtype_and_contender(monkeypatch):
@@ -118,6 +120,51 @@ def test_memory_of_the_fused_head_lets_a_longer_sequence_in():
     assert ours["extra_MiB"] <= 41 and (longest > naive.get("length", 0) or "reason" in naive)
 
 
+def test_ablation_predicts_before_it_measures(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(ablation.BACKBONES, True, (8, 72))
+    found = {
+        row["contender"]: row
+        for row in ablation.run(TINY.but(quick=True, pairs=4, length=96, shapes=(Shape(8, 2003),)))
+    }
+    assert {name: round(row["predicted"], 2) for name, row in found.items() if name != "exponentials"} == {
+        "passes": 1.33,
+        "rows": 1.33,
+        "rows, all": 2.0,
+        "padding": 1.38,
+        "shared prompt": 1.3,
+    }
+    assert found["exponentials"]["predicted"] > 1
+    assert all(row["seconds"] > 0 and row["ratio_min"] <= row["ratio"] for row in found.values())
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder in place of the committed results, with the rows of one run."""
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "MODEL", "32x1003")
+    table = _measure.Table("memory", (), _peers.PACKAGES, tmp_path / "bench_cpu.jsonl")
+    head.run(TINY.but(losses=("dpo", "ppo"), dtypes=(torch.bfloat16,), json=tmp_path / "bench_cpu.jsonl"))
+    table.add({"contender": "naive", "model": "32x1003", "dtype": "bfloat16", "at_least": 512})
+    return tmp_path
+
+
+def test_readmes_table_is_made_of_the_rows(results, monkeypatch):
+    rows = [json.loads(line) for line in (results / "bench_cpu.jsonl").read_text().splitlines()]
+    (ours,) = [r for r in rows if (r["contender"], r.get("loss"), r.get("head")) == ("fastpref", "dpo", "trained")]
+    text = readme.replaced(f"# x\n{readme.BEGIN}\nold\n{readme.END}\nrest\n")
+    (line,) = [line for line in text.splitlines() if line.startswith("| **fastpref**")]
+    assert f"| {ours['seconds']:.3f} | {ours['ratio']:.2f} |" in line
+    assert "| eager PyTorch |" in text and "over 512" in text and "On a GPU: not measured." in text
+    assert text.startswith("# x\n") and text.endswith("\nrest\n") and "old" not in text
+    assert readme.replaced(text) == text
+
+
+def test_readme_says_what_the_results_say():
+    text = (ROOT / "README.md").read_text()
+    assert readme.replaced(text) == text, "run: python -m fastpref.benchmarks.readme"
+
+
 def test_slope():
     assert scaling.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
@@ -167,16 +214,11 @@ def test_importing_fastpref_leaves_the_benchmarks_alone():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_head_cpu(rows, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
-    found = rows(head_cpu, "--shapes", "32x1003", "--pairs", 2, "--length", 12, "--rounds", 2, "--peers", "fastpref")
-    assert len(found) == 2 * 2 * 2
-
-
-def test_memory_cpu(rows):
+def test_memory_cpu(tmp_path):
     # 1,024 completion tokens of 16,003 logits: a chunk of 31 MiB in bf16
-    options = ("--shape", "32x16003", "--pairs", 4, "--length", 256, "--rounds", 1, "--head", "trained")
-    found = {row["contender"]: row for row in rows(memory_cpu, *options, "--workspace", 64)}
+    options = "--shape 32x16003 --pairs 4 --length 256 --rounds 1 --head trained --workspace 64 --json"
+    memory_cpu.main([*options.split(), str(tmp_path / "rows")])
+    found = {row["contender"]: row for row in map(json.loads, (tmp_path / "rows").read_text().splitlines())}
     ours, naive = found["fastpref 64"], found["naive"]
     assert 0.8 * ours["chunk_MiB"] <= ours["resident_MiB"] <= ours["planned_MiB"] + 16
     assert ours["resident_MiB"] < naive["resident_MiB"] / 4
@@ -184,9 +226,8 @@ def test_memory_cpu(rows):
     assert naive["ratio"] > 0 and "planned_MiB" not in naive
 
 
-def test_accuracy(rows):
-    options = ("--inputs", "peaked", "--tokens", 128, "--shape", "32x1003", "--peers", "fastpref", "naive")
-    for row in rows(accuracy, *options):
+def test_accuracy():
+    for row in accuracy.run(TINY.but(quick=True, contenders=("fastpref", "naive"))):
         if row["contender"] == "fastpref":
             assert row["rms"] <= 1e-5 and row["sum"] <= 1e-3
             assert max(row["d_hidden_error"], row["d_weight_error"]) <= CONTRACT[row["dtype"]]
