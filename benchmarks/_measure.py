@@ -56,18 +56,23 @@ def seconds(call: Callable[[], object], times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
-def against(bare: Callable[[], object], call: Callable[[], object], rounds: int, longest: float = 60.0) -> Row:
+def against(
+    bare: Callable[[], object], call: Callable[[], object], rounds: int, longest: float = 60.0, warm: bool = False
+) -> Row:
     """Median seconds of a call and of the bare one, run in turn, and the median and range of their ratios.
 
     longest: seconds that the rounds may take; a call that is too slow for it gets fewer, at least one.
+    warm: the call has been made before.
     """
     bare()
-    call()
+    if not warm:
+        call()
     gc.collect()
-    first = seconds(bare), seconds(call)
-    rounds = max(1, min(rounds, int(longest / sum(first))))
-    times = [max(1, round(SHORTEST / max(one, 1e-6))) for one in first]
-    pairs = [(seconds(bare, times[0]), seconds(call, times[1])) for _ in range(rounds)]
+    pairs = [(seconds(bare), seconds(call))]
+    rounds = max(1, min(rounds, int(longest / sum(pairs[0]))))
+    if rounds > 1:
+        times = [max(1, round(SHORTEST / max(one, 1e-6))) for one in pairs[0]]
+        pairs = [(seconds(bare, times[0]), seconds(call, times[1])) for _ in range(rounds)]
     ratios = [spent / least for least, spent in pairs]
     return {
         "seconds": statistics.median(spent for _, spent in pairs),
