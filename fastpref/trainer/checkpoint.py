@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20  # bytes read at once
@@ -92,7 +93,11 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         remove(folder)
         aside.rename(folder)
         _sync(folder.parent)
-    except Exception as error:  # torch.save and safetensors each have a class of their own for a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # the last two: torch.save and safetensors, of a full disk
         raise OSError(f"write_whole: could not write {folder}: {error}. Nothing of it was left behind") from error
     finally:
         remove(aside)

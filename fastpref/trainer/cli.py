@@ -4,9 +4,9 @@ Each command is a module with `main(argv) -> exit code`, imported only when it i
 """
 
 import difflib
+import dis
 import importlib
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -72,6 +72,9 @@ def usage() -> str:
 
 def _raised_by_us(error: BaseException) -> bool:
     """By a `raise` of ours, that is, and not by a line that went wrong."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return frame.f_globals.get("__name__", "").startswith("fastpref.") and str(last.line).startswith("raise ")
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not last.tb_frame.f_globals.get("__name__", "").startswith("fastpref."):
+        return False
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
