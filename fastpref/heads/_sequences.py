@@ -66,7 +66,7 @@ def reference(
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
             ref = _head.flatten(fn, ref_hidden, ref_weight, targets, **head_options)
-            return None, token_outputs(fn, ref)["logps"]
+            return None, token_outputs(fn, ref, only_logps=True)["logps"]
     return None, None
 
 

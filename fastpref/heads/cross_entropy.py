@@ -3,6 +3,7 @@
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.heads._divisor import divisor
@@ -40,6 +41,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
     logit_scale: float = 1.0,
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     workspace: int | None = None,
     max_extra_bytes: int | None = None,
     deterministic: bool = False,
@@ -62,8 +64,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
         label_smoothing: the share of probability spread evenly over all V classes, in [0, 1].
         return_metrics: return (loss, metrics): entropy and mean_token_accuracy, TRL's names, means over unskipped
             tokens, 0-d and detached. They cost no pass.
-        bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, workspace, deterministic,
-            check_finite, backend: as in linear_logps.
+        bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group, workspace,
+            deterministic, check_finite, backend: as in linear_logps.
         max_extra_bytes: where the tokens take several chunks, what the fp32 copy of the weight's gradient may take,
             4 V H; with less, four passes and no copy.
     Returns:
@@ -87,6 +89,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
         logit_scale=logit_scale,
         rows=rows,
         cu_seqlens=cu_seqlens,
+        process_group=process_group,
         workspace=workspace,
         max_extra_bytes=max_extra_bytes,
         deterministic=deterministic,
@@ -96,7 +99,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
     live = flat.targets != ignore_index
     by = divisor(FN, reduction, num_items, live.sum())
     summed = reduction != "none"
-    logps, found = _logps(flat, summed, max_extra_bytes)
+    logps, found = _logps(flat, summed, max_extra_bytes, label_smoothing > 0 or return_metrics)
     loss = 0.0 - logps  # not -logps: a skipped token's loss is 0, not -0
     if label_smoothing:
         # sum_v log p_v / V = log p_y - (z_y - mean_v z_v)
@@ -104,7 +107,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
         margin = margin.sum() if summed else margin
         if softcap is not None and backend != "reference":  # label_margin differentiates it on that one alone
             # d T log softmax(z / T)_y / dz_v = 1[v = y] - softmax(z / T)_v: at a high T the margin's, 1[v = y] - 1 / V
-            hot, _ = _logps(flat._replace(inv_temperature=flat.inv_temperature / HOT), summed, max_extra_bytes)
+            hot, _ = _logps(flat._replace(inv_temperature=flat.inv_temperature / HOT), summed, max_extra_bytes, False)
             margin = margin + HOT * (hot - hot.detach())
         loss = loss + label_smoothing * margin
     loss = loss / by if summed else loss.reshape(targets.shape)
@@ -113,11 +116,13 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
     return loss, {"entropy": mean(found["entropy"], live), "mean_token_accuracy": mean(found["is_top1"], live)}
 
 
-def _logps(flat: _head.FlatHead, summed: bool, max_extra_bytes: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+def _logps(
+    flat: _head.FlatHead, summed: bool, max_extra_bytes: int | None, with_outputs: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(logps, summed or (M,), token outputs)."""
     if summed and in_parts(flat, "token", max_extra_bytes):
         n = flat.targets.numel()
         group = torch.arange(n, device=flat.targets.device)
         return sweep(FN, flat, group, n, lambda index, outputs, first, last: outputs["logps"].sum())
-    found = token_outputs(FN, flat)
+    found = token_outputs(FN, flat, only_logps=not with_outputs)
     return found["logps"].sum() if summed else found["logps"], found

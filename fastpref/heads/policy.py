@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.heads.sweep import in_parts, sweep
@@ -42,6 +43,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     workspace: int | None = None,
     max_extra_bytes: int | None = None,
     deterministic: bool = False,
@@ -65,8 +67,8 @@ def linear_policy_loss(
             head options. None: on-policy, the current ones without their gradient.
         loss_type, loss_weights, importance_sampling_level, token_weights, ref_logps, kl_coef, kl_estimator,
             use_bias_correction_kl, entropy_coef, reduction, num_items, max_length, options: as in policy_loss.
-        bias, ignore_index, temperature, softcap, logit_scale, rows, workspace, deterministic, check_finite, backend:
-            as in linear_logps.
+        bias, ignore_index, temperature, softcap, logit_scale, rows, process_group, workspace, deterministic,
+            check_finite, backend: as in linear_logps.
         max_extra_bytes: where the batch takes several chunks, what the fp32 copy of the weight's gradient may take,
             4 V H; with less, four passes and no copy.
         cu_seqlens: (S + 1,) int32: where each sequence's targets start, and the end. Packed input needs it.
@@ -89,6 +91,7 @@ def linear_policy_loss(
         logit_scale=logit_scale,
         rows=rows,
         cu_seqlens=cu_seqlens,
+        process_group=process_group,
         workspace=workspace,
         max_extra_bytes=max_extra_bytes,
         deterministic=deterministic,

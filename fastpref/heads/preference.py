@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.heads._divisor import divisor
@@ -59,6 +60,7 @@ def linear_preference_loss(
     logit_scale: float = 1.0,
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     workspace: int | None = None,
     max_extra_bytes: int | None = None,
     deterministic: bool = False,
@@ -93,8 +95,8 @@ def linear_preference_loss(
             et al. 2024, arXiv:2406.11827, eq. 2); with any loss that does not couple the batch.
         reduction: "mean" over pairs, "sum", or "none": (B,).
         num_items: pairs over all ranks and micro-batches of the step: the loss is sum / num_items.
-        bias, ignore_index, temperature, softcap, logit_scale, rows, workspace, deterministic, check_finite, backend:
-            as in linear_logps.
+        bias, ignore_index, temperature, softcap, logit_scale, rows, process_group, workspace, deterministic,
+            check_finite, backend: as in linear_logps.
         max_extra_bytes: where the batch takes several chunks, what the fp32 copy of the weight's gradient may take,
             4 V H; with less, four passes and no copy.
         cu_seqlens: (2B + 1,) int32: where each sequence's targets start, and the end. Packed input needs it.
@@ -116,6 +118,7 @@ def linear_preference_loss(
         "logit_scale": logit_scale,
         "rows": rows,
         "cu_seqlens": cu_seqlens,
+        "process_group": process_group,
         "workspace": workspace,
         "max_extra_bytes": max_extra_bytes,
         "deterministic": deterministic,

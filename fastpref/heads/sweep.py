@@ -18,6 +18,7 @@ from fastpref.heads.plan import why_no_copy
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
 from fastpref.kernels.memory import huge_pages
+from fastpref.kernels.shard import Shard
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
 from fastpref.ops.linear_logps import rows_of_one_chunk
@@ -34,7 +35,8 @@ def in_parts(flat: _head.FlatHead, couples: str, max_extra_bytes: int | None) ->
     has no room or does not pay, and under torch.compile.
     """
     trained = any(x is not None and x.requires_grad for x in (flat.weight, flat.bias)) and torch.is_grad_enabled()
-    (vocab_size, hidden_size), copy = flat.weight.shape, flat.weight.numel() * flat.inv_temperature.itemsize
+    vocab_size, hidden_size = flat.most_rows, flat.weight.shape[1]
+    copy = vocab_size * hidden_size * flat.inv_temperature.itemsize
     rows = driver.chunk_tokens(hidden_size, vocab_size, flat.hidden.dtype, flat.workspace)
     return (
         trained
@@ -58,17 +60,17 @@ def sweep(
         fn,
         "hidden",
         flat.hidden,
-        flat.weight.shape[0],
+        flat.vocab_size,
         flat.targets,
         flat.rows,
         flat.inv_temperature,
         flat.ignore_index,
         flat.check_finite,
     )
-    vocab_size, hidden_size = flat.weight.shape
-    capacity = driver.chunk_tokens(hidden_size, vocab_size, flat.hidden.dtype, flat.workspace)
+    capacity = driver.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace)
     tensors = flat.hidden, flat.weight, flat.bias, flat.targets, flat.rows, flat.inv_temperature
-    form = _Form(flat.softcap, flat.logit_scale, flat.deterministic, flat.backend, flat.workspace, capacity)
+    shard = _head.shard(flat.group, flat.bounds)
+    form = _Form(flat.softcap, flat.logit_scale, flat.deterministic, flat.backend, flat.workspace, capacity, shard)
     runs = list(_runs_of_groups(index, group, n_groups, capacity))
     loss, *outputs = _Sweep.apply(*tensors, runs, form, partial(_slopes, fn, loss_of))
     return loss, dict(zip(("logps", *_head.OUTPUTS), outputs, strict=True))
@@ -83,6 +85,7 @@ class _Form(NamedTuple):
     backend: str | None
     workspace: int
     capacity: int  # rows of a chunk
+    shard: Shard | None
 
     def problem(
         self,
@@ -93,7 +96,7 @@ class _Form(NamedTuple):
         rows: Tensor | None,
         inv_temperature: Tensor,
     ) -> tuple[driver.Kernels, driver.Problem]:
-        head = driver.Head(weight, bias, self.softcap, self.logit_scale, self.workspace, self.deterministic)
+        head = driver.Head(weight, bias, self.softcap, self.logit_scale, self.workspace, self.deterministic, self.shard)
         run: Any = kernels.choose("head", hidden.device.type, self.backend)
         return run, driver.Problem(hidden, head, targets, rows, inv_temperature)
 
@@ -120,6 +123,7 @@ class _Sweep(torch.autograd.Function):
                 add_gradients(run, problem, index, scores, upstream, gradients, chunk)
                 found.append(scores)
                 del chunk  # before the next one is made
+        problem.head.add_over_ranks(gradients.hidden)
         parts = [index for index, _, _ in runs]
         every = driver.Scores(*(torch.cat(some) for some in zip(*found, strict=True)))
         ctx.form = form
@@ -143,6 +147,7 @@ class _Sweep(torch.autograd.Function):
             upstream = Upstream(of_logps, None if grad_entropy is None else grad_entropy[index])
             with torch.autocast(hidden.device.type, enabled=False):
                 add_gradients(run, problem, index, scores, upstream, extra)
+            problem.head.add_over_ranks(extra.hidden)
         of_hidden = _combine(d_hidden, grad_loss, extra.hidden, hidden.dtype)
         of_weight = _combine(d_weight, grad_loss, extra.weight, weight.dtype)
         return of_hidden, of_weight, _combine(d_bias, grad_loss, extra.bias, hidden.dtype), *(None,) * 6

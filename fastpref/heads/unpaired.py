@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.heads._divisor import divisor
@@ -55,6 +56,7 @@ def linear_unpaired_loss(
     logit_scale: float = 1.0,
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     workspace: int | None = None,
     max_extra_bytes: int | None = None,
     deterministic: bool = False,
@@ -80,8 +82,8 @@ def linear_unpaired_loss(
         kl: a number or a detached 0-d tensor, >= 0, the same on all processes: `kto_kl`. Needed by kto.
         reduction: "mean" over sequences, "sum", or "none": (S,).
         num_items: sequences over all ranks and micro-batches of the step: the loss is sum / num_items.
-        bias, ignore_index, temperature, softcap, logit_scale, rows, workspace, max_extra_bytes, deterministic,
-            check_finite, backend: as in linear_preference_loss.
+        bias, ignore_index, temperature, softcap, logit_scale, rows, process_group, workspace, max_extra_bytes,
+            deterministic, check_finite, backend: as in linear_preference_loss.
         cu_seqlens: (S + 1,) int32: where each sequence's targets start, and the end. Packed input needs it.
         options: the loss's own keywords: desirable_weight, undesirable_weight.
     Returns:
@@ -100,6 +102,7 @@ def linear_unpaired_loss(
         "logit_scale": logit_scale,
         "rows": rows,
         "cu_seqlens": cu_seqlens,
+        "process_group": process_group,
         "workspace": workspace,
         "max_extra_bytes": max_extra_bytes,
         "deterministic": deterministic,

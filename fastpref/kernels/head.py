@@ -14,10 +14,13 @@ head_gradients.py goes on from there.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fastpref.kernels.shard import Shard, in_order
 
 RESCORE_ABOVE = 2.0**40  # of S'; 27.7 nats
 # columns of a register tile of the C++ kernels, and of one of its vectors: a chunk is padded to the latter
@@ -34,6 +37,26 @@ class Head(NamedTuple):
     logit_scale: float
     workspace: int  # bytes for the buffers of one chunk
     deterministic: bool = False
+    shard: Shard | None = None  # weight and bias are this process's rows of the vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab_size
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest part of the vocabulary: by these all processes size their chunks."""
+        return self.weight.shape[0] if self.shard is None else most_rows(self.shard.bounds)
+
+    def own(self, targets: Tensor) -> Tensor:
+        """Targets as rows of `weight`; -1 where another process holds the row."""
+        return targets if self.shard is None else self.shard.own(targets)
+
+    def add_over_ranks(self, *gradients: Tensor | None) -> None:
+        """Gradients of hidden, each of which every process has formed from its rows, become whole."""
+        for x in gradients:
+            if self.shard is not None and x is not None:
+                self.shard.add_over_ranks(x)
 
     @property
     def slab_bytes(self) -> int:
@@ -104,7 +127,7 @@ class Rows:
     """n rows to score, gathered."""
 
     x: Tensor  # (n, H)
-    targets: Tensor  # (n,)
+    targets: Tensor  # (n,) as rows of the weight; -1: another process's
     inv_temperature: Tensor  # (n,) 0: a row that does not count
 
 
@@ -114,7 +137,7 @@ class Problem:
 
     hidden: Tensor  # (R, H)
     head: Head
-    targets: Tensor  # (M,)
+    targets: Tensor  # (M,) of the whole vocabulary
     rows: Tensor | None  # (M,) into hidden
     inv_temperature: Tensor  # (M,)
     masked: bool = False  # rows that do not count are among those that are gathered, as zeros
@@ -127,14 +150,14 @@ class Problem:
         x, inv_temperature = self.hidden[self.row(index)], self.inv_temperature[index]
         if self.masked:
             x.masked_fill_((inv_temperature == 0)[:, None], 0)
-        return Rows(x, self.targets[index], inv_temperature)
+        return Rows(x, self.head.own(self.targets[index]), inv_temperature)
 
     def live_first(self, ignore_index: int) -> tuple[Tensor, "Problem"]:
         """(index of all targets, those that count first; the problem with the others switched off). Waits for nothing.
 
         What does not count has inverse temperature 0. A target or a row out of range has NaN, and so has what it gives.
         """
-        (n_rows, _), vocab_size, targets = self.hidden.shape, self.head.weight.shape[0], self.targets
+        (n_rows, _), vocab_size, targets = self.hidden.shape, self.head.vocab_size, self.targets
         counts = targets != ignore_index
         if n_rows == 0:
             counts = torch.zeros_like(counts)
@@ -185,6 +208,10 @@ def chunk_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 2 else dtype
 
 
+def most_rows(bounds: list[int]) -> int:
+    return max(last - first for first, last in pairwise(bounds))
+
+
 def default_workspace(device: torch.device) -> int:
     """Bytes for the buffers of one chunk."""
     if device.type == "cuda":
@@ -224,20 +251,29 @@ def score(
 ) -> Scores:
     """One pass over the vocabulary; F into `chunk` if given."""
     dtype = accumulator(rows.x.dtype)
-    vocab_size = head.weight.shape[0]
     z_y, _ = label_logits(kernels, head, rows)
+    if head.shard is not None:
+        z_y = head.shard.total(z_y)
     anchor = torch.where(z_y.isinf(), 0.0, z_y).to(dtype)
     sums = kernels.score(rows.x, head, rows.targets, anchor, rows.inv_temperature, chunk, None)
-    again = ((sums.exp > RESCORE_ABOVE) | z_y.isneginf()) & sums.max_d.isfinite()
+    if head.shard is not None:
+        sums = _over_ranks(head.shard, sums, with_max=kernels.STATIC)
+    again = (sums.exp > RESCORE_ABOVE) | z_y.isneginf()
     if kernels.STATIC:
+        again &= sums.max_d.isfinite()
         anchor = torch.where(again, anchor + sums.max_d.to(dtype), anchor)
         found = kernels.score(rows.x, head, rows.targets, anchor, rows.inv_temperature, chunk, None, again)
+        if head.shard is not None:
+            found = _over_ranks(head.shard, found)
         sums = Sums(*(torch.where(again, new, old) for new, old in zip(found, sums, strict=True)))
     else:
-        for few in split(again.nonzero()[:, 0], ROW_BLOCK):
+        at = again.nonzero()[:, 0]  # the same on all processes
+        if head.shard is not None and not head.shard.all_sums and at.numel():
+            sums.max_d[at] = head.shard.gather(sums.max_d[at]).amax(0)
+        for few in split(at[sums.max_d[at].isfinite()], ROW_BLOCK):
             _score_at_maximum(kernels, head, rows, few, anchor, sums, chunk)
 
-    return finish(anchor, z_y - anchor.double(), sums, vocab_size)
+    return finish(anchor, z_y - anchor.double(), sums, head.vocab_size)
 
 
 def finish(anchor: Tensor, label_d: Tensor, sums: Sums, vocab_size: int) -> Scores:
@@ -275,6 +311,8 @@ def _score_at_maximum(
     anchor[few] += sums.max_d[few].to(anchor.dtype)
     few_chunk = None if chunk is None else kernels.new_chunk(few.numel(), head.weight, x.dtype)
     found = kernels.score(x, head, targets, anchor[few], inv_temperature, few_chunk, None)
+    if head.shard is not None:
+        found = _over_ranks(head.shard, found)
     if chunk is not None and few_chunk is not None:
         found_rows = few_chunk.narrow(kernels.TOKEN_DIM, 0, few.numel())
         chunk.index_copy_(kernels.TOKEN_DIM, few, found_rows)
@@ -282,17 +320,31 @@ def _score_at_maximum(
         all_rows[few] = some
 
 
+def _over_ranks(shard: Shard, sums: Sums, with_max: bool = False) -> Sums:
+    """Of the whole vocabulary; where only log-probs are asked for, that of exp alone, and max_d if it is wanted."""
+    if not shard.all_sums and not with_max:
+        return sums._replace(exp=shard.total(sums.exp))
+    if not shard.all_sums:
+        exp, max_d = shard.gather(torch.stack((sums.exp, sums.max_d))).unbind(1)
+        return sums._replace(exp=in_order(exp), max_d=max_d.amax(0))
+    parts = shard.gather(torch.stack(sums))
+    exp, exp_d, exp_sq, z = in_order(parts[:, :-1])
+    return Sums(exp, exp_d, exp_sq, z, parts[:, -1].amax(0))
+
+
 def label_logits(kernels: Kernels, head: Head, rows: Rows) -> tuple[Tensor, Tensor]:
-    """(z_y, 1 - tanh^2 at the label), both (n,) fp64."""
-    u = kernels.label_dots(rows.x, head.weight, rows.targets).double()
+    """(z_y, 1 - tanh^2 at the label), both (n,) fp64; z_y is 0 where another process holds the label's row."""
+    at = rows.targets if head.shard is None else rows.targets.clamp(min=0)
+    u = kernels.label_dots(rows.x, head.weight, at).double()
     if head.bias is not None:
-        u = u + head.bias[rows.targets].double()
+        u = u + head.bias[at].double()
     u = u * head.logit_scale
     slope = torch.ones_like(u)
     if head.softcap is not None:
         bent = torch.tanh(u / head.softcap)
         u, slope = head.softcap * bent, 1 - bent * bent
-    return u * rows.inv_temperature.double(), slope
+    z_y = u * rows.inv_temperature.double()
+    return z_y if head.shard is None else torch.where(rows.targets >= 0, z_y, 0.0), slope
 
 
 def order_of(index: Tensor) -> Tensor:

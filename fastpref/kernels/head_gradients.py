@@ -277,8 +277,11 @@ def _operands(kernels: Kernels, problem: Problem, part: _Part) -> _Operands:
 
 def _add_label_to_hidden(kernels: Kernels, problem: Problem, part: _Part, out: Gradients) -> None:
     if out.hidden is not None:
-        w_y = problem.head.weight[problem.targets[part.index]].to(problem.hidden.dtype)
-        _add_to_hidden(kernels, problem, part, w_y, part.label, out.hidden)
+        y, label = problem.head.own(problem.targets[part.index]), part.label
+        if problem.head.shard is not None:
+            y, label = y.clamp(min=0), torch.where(y >= 0, label, 0.0)
+        w_y = problem.head.weight[y].to(problem.hidden.dtype)
+        _add_to_hidden(kernels, problem, part, w_y, label, out.hidden)
 
 
 def _add_to_hidden(

@@ -7,9 +7,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastpref.kernels.head import MIB, default_workspace, smallest_workspace
+from fastpref.kernels.head import MIB, default_workspace, most_rows, smallest_workspace
+from fastpref.kernels.shard import Shard, agree
 from fastpref.ops import _check
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,6 +35,21 @@ class FlatHead(NamedTuple):
     deterministic: bool
     check_finite: bool
     backend: str | None
+    group: str | None  # the name of the process group whose processes hold parts of the vocabulary
+    bounds: list[int]  # (W + 1,) where each process's rows start, and V; [0, V] without a group
+
+    @property
+    def vocab_size(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest part of the vocabulary: what all processes must decide by alike."""
+        return most_rows(self.bounds)
+
+
+def shard(group: str | None, bounds: list[int], all_sums: bool = True) -> Shard | None:
+    return None if group is None else Shard(group, bounds, all_sums)
 
 
 def flatten(
@@ -48,6 +65,7 @@ def flatten(
     logit_scale: float = 1.0,
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     workspace: int | None = None,
     max_extra_bytes: int | None = None,
     deterministic: bool = False,
@@ -76,7 +94,7 @@ def flatten(
         raise ValueError(
             f"{fn}: weight must be (V, {hidden.shape[-1]}), as hidden is (..., H); got {tuple(weight.shape)}"
         )
-    if vocab_size == 0 or hidden_size == 0:
+    if hidden_size == 0 or (vocab_size == 0 and process_group is None):
         raise ValueError(f"{fn}: weight must be (V, H) with V, H >= 1; got {tuple(weight.shape)}")
     if bias is not None and bias.shape[0] != vocab_size:
         raise ValueError(f"{fn}: bias must be ({vocab_size},), the rows of weight; got {tuple(bias.shape)}")
@@ -86,7 +104,14 @@ def flatten(
     check_bending(fn, softcap, logit_scale)
     if workspace is None:
         workspace = default_workspace(hidden.device)
-    check_workspace(fn, workspace, vocab_size, hidden.dtype)
+    group, bounds = None, [0, vocab_size]
+    if process_group is not None:
+        check_group(fn, process_group, backend)
+        bounds, workspace = agree(fn, process_group, hidden, weight, targets.numel(), workspace)
+        if min(b - a for a, b in pairwise(bounds)) == 0:
+            raise ValueError(f"{fn}: weight must have a row or more on every process; got bounds {bounds}")
+        group = process_group.group_name
+    check_workspace(fn, workspace, most_rows(bounds), hidden.dtype)
     if not isinstance(ignore_index, int):
         raise TypeError(f"{fn}: ignore_index must be an int; got {type(ignore_index).__name__}")
     return FlatHead(
@@ -104,7 +129,16 @@ def flatten(
         deterministic,
         check_finite,
         backend,
+        group,
+        bounds,
     )
+
+
+def check_group(fn: str, process_group: "dist.ProcessGroup", backend: str | None) -> None:
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"{fn}: process_group must be a ProcessGroup; got {type(process_group).__name__}")
+    if backend == "reference":
+        raise ValueError(f"{fn}: backend must be another than 'reference' with a process_group")
 
 
 OPTIONS = tuple(name for name, p in inspect.signature(flatten).parameters.items() if p.kind is p.KEYWORD_ONLY)

@@ -29,7 +29,8 @@ def label_margin(flat: _head.FlatHead, mean_logits: Tensor) -> Tensor:
             return reference(*parameters, *where, *bent, mean_logits)
     capped = flat.softcap is not None
     trained = (x.detach() if capped and x is not None else x for x in parameters)
-    return _op(*trained, *where, mean_logits.detach(), *bent, flat.workspace, flat.backend)
+    process_group = flat.group, flat.bounds
+    return _op(*trained, *where, mean_logits.detach(), *bent, flat.workspace, flat.backend, *process_group)
 
 
 @torch.library.custom_op("fastpref::label_margin", mutates_args=())
@@ -47,13 +48,17 @@ def _op(
     ignore_index: int,
     workspace: int,
     backend: str | None,
+    group: str | None,
+    bounds: list[int],
 ) -> Tensor:
     run: Any = kernels.choose("head", hidden.device.type, backend)
-    head = driver.Head(weight, bias, softcap, logit_scale, workspace)
+    head = driver.Head(weight, bias, softcap, logit_scale, workspace, shard=_head.shard(group, bounds))
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
     out = torch.zeros_like(mean_logits)
     for part in driver.split((targets != ignore_index).nonzero()[:, 0], ROWS):
         z_y, _ = driver.label_logits(run, head, problem.gather(part))
+        if head.shard is not None:
+            z_y = head.shard.total(z_y)
         out[part] = (z_y - mean_logits[part].double()).to(out.dtype)
     return out
 
@@ -66,15 +71,16 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, _, ctx.logit_scale, ctx.ignore_index, _, _ = inputs
+    *tensors, _, _, ctx.logit_scale, ctx.ignore_index, _, _, group, bounds = inputs
+    ctx.where = group, bounds
     ctx.save_for_backward(*tensors)
 
 
 @once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    found = _backward_op(grad, *ctx.saved_tensors, ctx.logit_scale, ctx.ignore_index, wanted)
-    return (*(x if needed else None for x, needed in zip(found, wanted, strict=True)), *(None,) * 9)
+    found = _backward_op(grad, *ctx.saved_tensors, ctx.logit_scale, ctx.ignore_index, *ctx.where, wanted)
+    return (*(x if needed else None for x, needed in zip(found, wanted, strict=True)), *(None,) * 11)
 
 
 @torch.library.custom_op("fastpref::label_margin_backward", mutates_args=())
@@ -89,21 +95,30 @@ def _backward_op(
     inv_temperature: Tensor,
     logit_scale: float,
     ignore_index: int,
+    group: str | None,
+    bounds: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, rounded once; empty where not wanted."""
     index = ((targets != ignore_index) & (grad != 0)).nonzero()[:, 0]
     slope = grad * inv_temperature * logit_scale
     labels, which = targets[index].unique(return_inverse=True)
-    vocab_size = weight.shape[0]
+    shard, vocab_size = _head.shard(group, bounds), bounds[-1]
+    # which labels are rows of this weight, and which rows; the others are another process's
+    own, own_labels = (y if shard is None else shard.own(y) for y in (targets, labels))
+    here = (own_labels >= 0).nonzero()[:, 0]
     of_hidden, of_weight, of_bias = hidden.new_empty(0), weight.new_empty(0), hidden.new_empty(0)
     if wanted[0]:
         of_hidden = slope.new_zeros(hidden.shape)
         slabs = weight.split(ROWS)
         mean = torch.stack([w.to(hidden.dtype).sum(0, dtype=torch.float64) for w in slabs]).sum(0) / vocab_size
         for part in driver.split(index, ROWS):
-            above = (weight[targets[part]].to(hidden.dtype) - mean).to(slope.dtype)
+            y = own[part, None]
+            w_y = torch.where(y >= 0, weight[y[:, 0].clamp(min=0)].to(hidden.dtype), 0.0)
+            above = (w_y - mean).to(slope.dtype)
             of_hidden.index_add_(0, part if rows is None else rows[part], slope[part, None] * above)
+        if shard is not None:
+            shard.add_over_ranks(of_hidden)
     if wanted[1]:
         at_labels = slope.new_zeros((labels.numel(), hidden.shape[1]), dtype=torch.float64)
         for part, at in zip(index.split(ROWS), which.split(ROWS), strict=True):
@@ -111,11 +126,11 @@ def _backward_op(
             at_labels.index_add_(0, at, slope[part, None].double() * x)
         everywhere = at_labels.sum(0) / -vocab_size
         of_weight = everywhere.to(weight.dtype).expand_as(weight).clone(memory_format=torch.contiguous_format)
-        of_weight[labels] = at_labels.add_(everywhere).to(weight.dtype)
+        of_weight[own_labels[here]] = at_labels[here].add_(everywhere).to(weight.dtype)
     if wanted[2] and bias is not None:
         at_labels = slope.new_zeros(labels.numel(), dtype=torch.float64).index_add_(0, which, slope[index].double())
-        of_bias = (at_labels.sum() / -vocab_size).repeat(vocab_size)
-        of_bias[labels] += at_labels
+        of_bias = (at_labels.sum() / -vocab_size).repeat(weight.shape[0])
+        of_bias[own_labels[here]] += at_labels[here]
     return of_hidden.to(hidden.dtype), of_weight, of_bias.to(hidden.dtype)
 
 

@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import kernels
-from fastpref.kernels.head import default_workspace
+from fastpref.kernels.head import default_workspace, most_rows
 from fastpref.kernels.reference.linear_divergence import linear_divergence as reference
+from fastpref.kernels.shard import agree
 from fastpref.kernels.torch.linear_divergence import Form, Side
 from fastpref.ops import _check, _head
 from fastpref.ops._once import once_differentiable
@@ -30,6 +32,7 @@ def linear_divergence(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: "dist.ProcessGroup | None" = None,
     workspace: int | None = None,
     check_finite: bool = False,
     backend: str | None = None,
@@ -57,6 +60,8 @@ def linear_divergence(
         bias_p, bias_q: (V,).
         temperature: a number, or one per token. It, softcap and logit_scale apply to both heads.
         softcap, logit_scale: as in linear_logps.
+        process_group: weights and biases are this process's rows of the vocabulary, as in linear_logps. Each tells the
+            others five numbers a token and sweep.
         workspace: bytes for the buffers of a chunk. None: 256 MiB on CPU, 1/32 of the memory of a GPU.
         check_finite: refuse NaN or infinite hidden states at tokens that count.
         backend: "torch" or "reference"; None: "torch".
@@ -107,7 +112,12 @@ def linear_divergence(
     if workspace is None:
         workspace = default_workspace(hidden_p.device)
     widest = torch.promote_types(p.hidden.dtype, q.hidden.dtype)
-    _head.check_workspace(FN, workspace, weight_p.shape[0], widest)
+    group, bounds = None, [0, weight_p.shape[0]]
+    if process_group is not None:
+        _head.check_group(FN, process_group, backend)
+        bounds, workspace = agree(FN, process_group, hidden_p, weight_p, hidden_q.shape[-1], workspace)
+        group = process_group.group_name
+    _head.check_workspace(FN, workspace, most_rows(bounds), widest)
     live = torch.ones(tokens, dtype=torch.bool, device=hidden_p.device) if mask is None else mask
     inv_temperature = _head.inverse(FN, temperature, p.hidden.new_empty(0, dtype=widest), live)
     if kind == "forward_kl":  # KL(q || p) is the other one with the sides exchanged
@@ -119,7 +129,9 @@ def linear_divergence(
             return reference(p, q, index, inv_temperature, *options).reshape(tokens)
     trained = any(x is not None and x.requires_grad for x in (*p[1:], *q[1:]))
     unit = [torch.is_grad_enabled() and not trained and side.hidden.requires_grad for side in (p, q)]
-    found, *_ = _op(*p, *q, live.reshape(-1), inv_temperature, *options, workspace, check_finite, backend, *unit)
+    found, *_ = _op(
+        *p, *q, live.reshape(-1), inv_temperature, *options, workspace, check_finite, backend, group, bounds, *unit
+    )
     return found.reshape(tokens)
 
 
@@ -176,6 +188,8 @@ def _op(
     workspace: int,
     check_finite: bool,
     backend: str | None,
+    group: str | None,
+    bounds: list[int],
     unit_p: bool,
     unit_q: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +197,7 @@ def _op(
     run = kernels.choose("linear_divergence", hidden_p.device.type, backend)
     index = _kept(live, inv_temperature, hidden_p, hidden_q, check_finite)
     p, q = Side(hidden_p, weight_p, bias_p), Side(hidden_q, weight_q, bias_q)
-    form = Form(jsd_beta, softcap, logit_scale, workspace)
+    form = Form(jsd_beta, softcap, logit_scale, workspace, most_rows(bounds), _head.shard(group, bounds))
     return run.linear_divergence(p, q, index, inv_temperature, form, (unit_p, unit_q))
 
 
@@ -195,8 +209,8 @@ def _(hidden_p: Tensor, weight_p: Any, bias_p: Any, hidden_q: Tensor, *rest: Any
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, jsd_beta, softcap, logit_scale, workspace, _, backend, unit_p, unit_q = inputs
-    ctx.options = jsd_beta, softcap, logit_scale, workspace, backend
+    tensors, (jsd_beta, softcap, logit_scale, workspace, _, *where, unit_p, unit_q) = inputs[:8], inputs[8:]
+    ctx.options = jsd_beta, softcap, logit_scale, workspace, *where
     ctx.unit = unit_p, unit_q
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
@@ -205,7 +219,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 @once_differentiable
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
     *tensors, unit_p, unit_q = ctx.saved_tensors
-    no_gradient = (None,) * 10  # of the other arguments
+    no_gradient = (None,) * 12  # of the other arguments
     if any(ctx.unit):
         live = (tensors[6] & (grad != 0))[:, None]  # 0 times NaN is NaN
         scaled = [
@@ -235,11 +249,13 @@ def _backward_op(
     logit_scale: float,
     workspace: int,
     backend: str | None,
+    group: str | None,
+    bounds: list[int],
     wanted: list[bool],
 ) -> list[Tensor]:
     run = kernels.choose("linear_divergence", hidden_p.device.type, backend)
     p, q = Side(hidden_p, weight_p, bias_p), Side(hidden_q, weight_q, bias_q)
-    form = Form(jsd_beta, softcap, logit_scale, workspace)
+    form = Form(jsd_beta, softcap, logit_scale, workspace, most_rows(bounds), _head.shard(group, bounds))
     return run.gradients(grad, p, q, live.nonzero()[:, 0], inv_temperature, form, wanted)
 
 

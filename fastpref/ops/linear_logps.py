@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import kernels
@@ -46,6 +47,7 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
     outputs: Collection[str] = (),
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     workspace: int | None = None,
     max_extra_bytes: int | None = None,
     deterministic: bool = False,
@@ -68,6 +70,10 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
         outputs: any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
         rows: (M,) the row of packed hidden that predicts each of M targets: one row may serve several.
         cu_seqlens: (S + 1,) bounds of S sequences among the targets. No effect here; accepted as a head option.
+        process_group: weight and bias are this process's rows of the vocabulary, in the order of the group's ranks, any
+            number on each; hidden and targets are the same on all, and so are what is returned and hidden's gradient,
+            the sum over the processes. Each tells the others two numbers a token and sweep, six with `outputs`. All
+            must make the same calls. Not within torch.compile(fullgraph=True).
         workspace: bytes for the buffers of a chunk. None: 256 MiB on CPU, 1/32 of the memory of a GPU.
         max_extra_bytes: no effect here, where no second copy of the weight's gradient is ever kept.
         deterministic: fixed GEMM blocks on the torch backend; the C++ kernels always have them.
@@ -94,25 +100,30 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
         logit_scale=logit_scale,
         rows=rows,
         cu_seqlens=cu_seqlens,
+        process_group=process_group,
         workspace=workspace,
         max_extra_bytes=max_extra_bytes,
         deterministic=deterministic,
         check_finite=check_finite,
         backend=backend,
     )
-    found = token_outputs("linear_logps", flat, entropy="entropy" in outputs)
+    found = token_outputs("linear_logps", flat, entropy="entropy" in outputs, only_logps=not outputs)
     wanted = {name: found[name].reshape(targets.shape) for name in ("logps", *outputs)}
     return LogPs(**wanted) if outputs else wanted["logps"]
 
 
-def token_outputs(fn: str, flat: _head.FlatHead, *, entropy: bool = False) -> dict[str, Tensor]:
+def token_outputs(
+    fn: str, flat: _head.FlatHead, *, entropy: bool = False, only_logps: bool = False
+) -> dict[str, Tensor]:
     """(M,) each: logps and every extra output; `entropy` says that its gradient may be asked for.
 
-    A frozen head then keeps its chunk if it can, for dlogp/dhidden alone would have to be formed in vain.
+    A frozen head then keeps its chunk if it can, for dlogp/dhidden alone would have to be formed in vain. `only_logps`:
+    the extra outputs are not read, and where the vocabulary is in parts they mean nothing.
     """
     hidden, weight, bias, targets, rows, inv_temperature, *options = flat
     if flat.backend == "reference":
-        _kept(fn, hidden, weight, targets, rows, inv_temperature, flat.ignore_index, flat.check_finite)
+        where = targets, rows, inv_temperature, flat.ignore_index, flat.check_finite
+        _head.kept_index(fn, "hidden", hidden, flat.vocab_size, *where)
         with torch.autocast(hidden.device.type, enabled=False):
             bent = flat.softcap, flat.logit_scale, flat.ignore_index
             return reference(hidden, weight, bias, targets, rows, inv_temperature, *bent)
@@ -121,7 +132,7 @@ def token_outputs(fn: str, flat: _head.FlatHead, *, entropy: bool = False) -> di
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         unit = hidden.requires_grad and not trained and not entropy
         keep_rows = rows_of_one_chunk(flat) if trained or (entropy and hidden.requires_grad) else 0
-    found = _op(fn, hidden, weight, bias, targets, rows, inv_temperature, *options, unit, keep_rows)
+    found = _op(fn, hidden, weight, bias, targets, rows, inv_temperature, *options, unit, keep_rows, not only_logps)
     return dict(zip(("logps", *_head.OUTPUTS), found, strict=False))
 
 
@@ -132,12 +143,8 @@ def rows_of_one_chunk(flat: _head.FlatHead) -> int:
     if not torch.compiler.is_compiling() and not flat.targets.is_cuda:
         run = kernels.choose("head", flat.targets.device.type, flat.backend)
         count = count if run.STATIC else int((flat.targets != flat.ignore_index).sum())
-    vocab_size, hidden_size = flat.weight.shape
-    return count if count <= driver.chunk_tokens(hidden_size, vocab_size, flat.hidden.dtype, flat.workspace) else 0
-
-
-def _kept(fn: str, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _head.kept_index(fn, "hidden", hidden, weight.shape[0], *rest)
+    fits = driver.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace)
+    return count if count <= fits else 0
 
 
 @torch.library.custom_op("fastpref::linear_logps", mutates_args=())
@@ -157,8 +164,11 @@ def _op(
     deterministic: bool,
     check_finite: bool,
     backend: str | None,
+    group: str | None,
+    bounds: list[int],
     unit_d_hidden: bool,
     keep_rows: int,
+    all_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logps, the extra outputs, and what a backward needs: a state (4, M), dlogp/dhidden (M, H), the stored chunk.
 
@@ -166,22 +176,23 @@ def _op(
     keep_rows (it holds all rows).
     """
     run = kernels.choose("head", hidden.device.type, backend)
-    head = driver.Head(weight, bias, softcap, logit_scale, workspace, deterministic)
+    shard = _head.shard(group, bounds, all_sums)
+    head = driver.Head(weight, bias, softcap, logit_scale, workspace, deterministic, shard)
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
     if run.STATIC and not check_finite:
         index, problem = problem.live_first(ignore_index)
     else:
-        index = _kept(fn, hidden, weight, targets, rows, inv_temperature, ignore_index, check_finite)
+        where = targets, rows, inv_temperature, ignore_index, check_finite
+        index = _head.kept_index(fn, "hidden", hidden, head.vocab_size, *where)
     dtype = driver.accumulator(hidden.dtype)
     out = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
     top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
     state = hidden.new_zeros((4, targets.numel()), dtype=dtype)
     unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
     kept = huge_pages(run.new_chunk(keep_rows, weight, hidden.dtype)) if keep_rows else hidden.new_empty(0)
-    vocab_size, hidden_size = weight.shape
-    size = driver.score_tokens(hidden_size, vocab_size, workspace)
+    size = driver.score_tokens(weight.shape[1], head.most_rows, workspace)
     if unit_d_hidden or keep_rows:
-        size = driver.chunk_tokens(hidden_size, vocab_size, hidden.dtype, workspace)
+        size = driver.chunk_tokens(weight.shape[1], head.most_rows, hidden.dtype, workspace)
     for part in driver.split(index, size):
         rows_here = problem.gather(part)
         chunk = kept if keep_rows else None
@@ -194,17 +205,19 @@ def _op(
         for full, name in zip((*out, top1), ("logps", *_head.OUTPUTS), strict=True):
             full[part] = getattr(scores, name)
         if unit_d_hidden and chunk is not None:
-            alone = driver.Problem(rows_here.x, head, rows_here.targets, None, rows_here.inv_temperature)
+            alone = driver.Problem(rows_here.x, head, problem.targets[part], None, rows_here.inv_temperature)
             found, ones = Gradients.zeros(alone, (True, False, False)), Upstream(torch.ones_like(scores.logps), None)
             add_gradients(run, alone, torch.arange(part.numel(), device=part.device), scores, ones, found, chunk)
             unit[part] = found.hidden  # type: ignore[assignment]
         del chunk  # before the next one is made
+    if unit_d_hidden:
+        head.add_over_ranks(unit)
     return *out, top1, state, unit, kept  # type: ignore[return-value]
 
 
 @_op.register_fake
 def _(fn: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, backend, unit_d_hidden, keep_rows = rest
+    *_, backend, _, _, unit_d_hidden, keep_rows, _ = rest
     dtype = driver.accumulator(hidden.dtype)
     out = [hidden.new_empty(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
     top1 = hidden.new_empty(targets.shape, dtype=torch.bool)
@@ -215,8 +228,8 @@ def _(fn: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, hidden, weight, bias, targets, rows, inv_temperature, *options, ctx.unit_d_hidden, ctx.keep_rows = inputs
-    ctx.softcap, ctx.logit_scale, ctx.ignore_index, ctx.workspace, ctx.deterministic, _, ctx.backend = options
+    _, hidden, weight, bias, targets, rows, inv_temperature, *options, ctx.unit_d_hidden, ctx.keep_rows, _ = inputs
+    ctx.softcap, ctx.logit_scale, ctx.ignore_index, ctx.workspace, ctx.deterministic, _, *ctx.where = options
     logps, entropy, *_, state, unit, kept = output
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -226,7 +239,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 @once_differentiable
 def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
     hidden, weight, bias, targets, rows, inv_temperature, logps, entropy, state, unit, kept = ctx.saved_tensors
-    no_gradient = (None,) * 12  # of the other arguments
+    no_gradient = (None,) * 15  # of the other arguments
     if grad_logps is None and grad_entropy is None:
         return None, None, None, None, *no_gradient
     if grad_logps is None:
@@ -253,7 +266,7 @@ def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
         ctx.ignore_index,
         ctx.workspace,
         ctx.deterministic,
-        ctx.backend,
+        *ctx.where,
         wanted,
     )
     of_inputs = (gradient if needed else None for gradient, needed in zip(found, wanted, strict=True))
@@ -289,11 +302,13 @@ def _backward_op(
     workspace: int,
     deterministic: bool,
     backend: str | None,
+    group: str | None,
+    bounds: list[int],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where not wanted. From the stored chunk if there is one."""
     run = kernels.choose("head", hidden.device.type, backend)
-    head = driver.Head(weight, bias, softcap, logit_scale, workspace, deterministic)
+    head = driver.Head(weight, bias, softcap, logit_scale, workspace, deterministic, _head.shard(group, bounds))
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
     if run.STATIC:
         index, problem = problem.live_first(ignore_index)
@@ -307,6 +322,7 @@ def _backward_op(
         upstream = upstream.where(problem.inv_temperature[index] != 0)
     found = Gradients.zeros(problem, wanted, once=True)
     add_gradients(run, problem, index, scores, upstream, found, chunk)
+    head.add_over_ranks(found.hidden)
     pairs = (found.hidden, hidden), (found.weight, weight), (found.bias, bias)
     return tuple(hidden.new_empty(0) if x is None else x.to(of.dtype) for x, of in pairs)  # type: ignore
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastpref.kernels.head import chunk_dtype
+from fastpref.kernels.shard import Shard
 from fastpref.kernels.torch.head import _product, _slabs
 
 
@@ -32,6 +33,8 @@ class Form(NamedTuple):
     softcap: float | None
     logit_scale: float
     workspace: int  # bytes for the buffers of a chunk
+    most_rows: int  # of the weights; where the vocabulary is in parts, of the largest
+    shard: Shard | None  # weights and biases are this process's rows of the vocabulary
 
 
 class Part(NamedTuple):
@@ -56,6 +59,7 @@ def linear_divergence(
         for side, slopes, d_hidden in zip((p, q), part.slopes, units, strict=True):
             if d_hidden.numel():
                 d_hidden[part.rows] = _d_hidden(slopes, side) * part.factor[:, None]
+    _add_over_ranks(form.shard, units)
     return out, units[0], units[1]
 
 
@@ -71,11 +75,11 @@ def gradients(
     """Gradients in the dtypes of the inputs, empty where not wanted. Every row is scored again."""
     # a row that nobody sends a gradient to costs nothing, and may be NaN
     index = index[grad[index] != 0]
-    one_chunk = index.numel() <= _chunk_rows(p.weight.shape[0], inv_temperature.dtype, form)
+    one_chunk = form.shard is None and index.numel() <= _chunk_rows(inv_temperature.dtype, form)
     inputs = (*p, *q)
     found = []
     for x, there in zip(inputs, wanted, strict=True):
-        # what several chunks add to is kept in fp32 until the last
+        # what several chunks add to, or several processes, is kept in fp32 until the last
         dtype = x.dtype if x is not None and one_chunk else inv_temperature.dtype
         found.append(torch.zeros(x.shape if there and x is not None else 0, dtype=dtype, device=grad.device))
     for part in _parts(p, q, index, inv_temperature, form, True):
@@ -89,23 +93,31 @@ def gradients(
                     d_weight[slab] += _product(_operand(slopes[:, slab].T, side), scaled)
             if d_bias.numel():
                 d_bias += factor @ slopes
+    _add_over_ranks(form.shard, [found[0], found[3]])
     return [g if x is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True)]
 
 
-def _chunk_rows(vocab_size: int, dtype: torch.dtype, form: Form) -> int:
+def _add_over_ranks(shard: Shard | None, d_hidden: list[Tensor]) -> None:
+    """Gradients of hidden, each of which every process has formed from its rows, become whole."""
+    for x in d_hidden:
+        if shard is not None and x.numel():
+            shard.add_over_ranks(x)
+
+
+def _chunk_rows(dtype: torch.dtype, form: Form) -> int:
     """Their logits under both heads take 3/4 of `workspace`; the rest is for temporaries."""
-    return max(1, form.workspace * 3 // 4 // (2 * dtype.itemsize * vocab_size))
+    return max(1, form.workspace * 3 // 4 // (2 * dtype.itemsize * form.most_rows))
 
 
 def _parts(p: Side, q: Side, index: Tensor, inv_temperature: Tensor, form: Form, with_slopes: bool) -> Iterator[Part]:
-    vocab_size, size = p.weight.shape[0], _chunk_rows(p.weight.shape[0], inv_temperature.dtype, form)
+    vocab_size, size = p.weight.shape[0], _chunk_rows(inv_temperature.dtype, form)
     buffers = inv_temperature.new_empty((2, min(size, index.numel()), vocab_size))
     for rows in index.split(size) if index.numel() else ():
         inv_t = inv_temperature[rows]
         log_p, log_q = buffers[:, : rows.numel()]
         lse_p, lse_q = (_log_probs(side, rows, inv_t, form, out) for side, out in ((p, log_p), (q, log_q)))
         slabs = _slabs(rows.numel(), vocab_size, form.workspace // 32)
-        divergence, center_p, center_q = _sums(log_p, log_q, slabs, form.jsd_beta)
+        divergence, center_p, center_q = _sums(log_p, log_q, slabs, form)
         for slab in slabs if with_slopes else ():
             a, b = log_p[:, slab], log_q[:, slab]
             d_p, d_q = _slopes(a, b, center_p, center_q, form.jsd_beta)
@@ -132,12 +144,18 @@ def _log_probs(side: Side, rows: Tensor, inv_temperature: Tensor, form: Form, ou
     peak = out.amax(-1)
     out -= peak[:, None]
     log_total = sum(out[:, slab].exp().sum(-1, dtype=torch.float64) for slab in slabs).log().to(out.dtype)  # type: ignore[union-attr]
+    lse = peak + log_total
+    if form.shard is not None:
+        everywhere = form.shard.gather(lse)
+        lse = everywhere.logsumexp(0)
+        log_total = lse - peak
     out -= log_total[:, None]
-    return peak + log_total
+    return lse
 
 
-def _sums(log_p: Tensor, log_q: Tensor, slabs: list[slice], beta: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(log_p: Tensor, log_q: Tensor, slabs: list[slice], form: Form) -> tuple[Tensor, Tensor, Tensor]:
     """(n,) each: the divergence, and the means that the slopes of p and of q are taken from."""
+    beta = form.jsd_beta
     sums = torch.zeros(3, log_p.shape[0], dtype=torch.float64, device=log_p.device)
     for slab in slabs:
         a, b = log_p[:, slab], log_q[:, slab]
@@ -151,6 +169,8 @@ def _sums(log_p: Tensor, log_q: Tensor, slabs: list[slice], beta: float | None) 
             product = mass * log_ratio
             sums[0] += share * product.add(_excess(mass, log_ratio, other)).sum(-1, dtype=torch.float64)
             center += product.sum(-1, dtype=torch.float64)
+    if form.shard is not None:
+        sums = form.shard.total(sums)
     divergence, center_p, center_q = sums.to(log_p.dtype)
     return divergence, center_p, center_q
 
