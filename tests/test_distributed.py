@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from fastpref import kto_kl, linear_logps, linear_preference_loss
@@ -219,6 +220,58 @@ def check_sharded_head_is_refused_outside_forward(rank):
         linear_preference_loss(hidden, model.lm_head.weight, targets, ref_logps=ref_logps)
 
 
+def check_tensor_parallel_head(rank):
+    """Each process has the whole batch and some rows of the head, which nobody gathers."""
+    model = tiny()
+    expected = whole_batch_gradients(model)
+    with torch.no_grad():
+        logits = model(batch([0])[0]).logits
+    mesh = init_device_mesh("cpu", (WORLD,))
+    parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
+    seen = []
+
+    def head(hidden, weight, process_group, **options):
+        seen.append((tuple(hidden.shape), weight.shape[0], process_group.size()))
+        return linear_preference_loss(hidden, weight, process_group=process_group, **options)
+
+    input_ids, targets, ref_logps = batch(list(range(PAIRS)))
+    fused_lm_head(model)
+    loss = model(input_ids, head=partial(head, targets=targets, ref_logps=ref_logps, beta=0.5, num_items=PAIRS)).loss
+    loss.backward()
+    assert seen == [((2 * PAIRS, T, 32), [34, 33][rank], WORLD)]
+    assert isinstance(model.lm_head.weight.grad, DTensor)
+    assert_equal_gradients(gradients(model), expected, tolerance=3e-6)
+    with torch.no_grad():  # without head its plan still acts
+        torch.testing.assert_close(model(batch([0])[0]).logits, logits)
+
+
+def check_tensor_parallel_plan_of_transformers(rank):
+    """`tp_plan` splits the layers too, and replaces the forward of each."""
+    from transformers.distributed import DistributedConfig
+
+    model = tiny()
+    expected = whole_batch_gradients(model)
+    folder = os.environ["FOLDER"]
+    if rank == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    config = DistributedConfig(tp_size=WORLD, tp_plan="auto")
+    model = fused_lm_head(transformers.LlamaForCausalLM.from_pretrained(folder, distributed_config=config))
+    assert isinstance(model.lm_head.weight, DTensor)
+    loss_of(model, list(range(PAIRS))).backward()
+    assert_equal_gradients(gradients(model), expected, tolerance=1e-5)
+
+
+def check_head_split_over_its_hidden_size_is_gathered(rank):
+    model = tiny()
+    expected = whole_batch_gradients(model)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    weight = distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(1)])
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    loss_of(fused_lm_head(model), list(range(PAIRS))).backward()
+    assert_equal_gradients(gradients(model), expected)
+
+
 def check_kto_kl_of_shares_of_unequal_size(rank):
     """The mean over all sequences, clamped once: neither a mean of means, nor of clamped ones."""
     apart = torch.tensor([[2.0, 1.0, 4.0], [-5.5]][rank])
@@ -232,7 +285,7 @@ CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().i
 
 
 def worker(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FOLDER=str(folder / "model"))
     torch.set_num_threads(1)
     # a check that fails in one process leaves the other waiting: not for long
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=30))

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastpref.integrations._lm_head import FusedLinear, call_head, is_sharded, why_not_low_rank
+
 Model = TypeVar("Model", bound=nn.Module)
 
 # config attribute -> power at which it multiplies the logits
@@ -34,20 +36,6 @@ class HeadOutput(NamedTuple):
     aux_loss: Tensor
 
 
-class FusedLinear(nn.Linear):
-    """nn.Linear; called with `head`, returns head(input, weight, bias=bias if there is one, **options) instead."""
-
-    def forward(self, input: Tensor, head: Callable[..., Any] | None = None, **options: Any) -> Any:
-        if head is None:
-            return super().forward(input)
-        if self.bias is not None:
-            options["bias"] = self.bias
-        # as models do that end in float32 above a 16-bit head (Mamba); autocast is left to whoever multiplies
-        if not torch.is_autocast_enabled(input.device.type):
-            input = input.to(self.weight.dtype)
-        return head(input, self.weight, **options)
-
-
 def fused_lm_head(model: Model) -> Model:
     """The same model, changed in place: `model(..., head=fn)` returns fn(hidden, weight, **options) of its own forward.
 
@@ -60,6 +48,11 @@ def fused_lm_head(model: Model) -> Model:
     hidden is (B, T, H), the input of the LM head; weight is (V, H). options are those of the model's logits, where it
     has them: `bias` (V,), `logit_scale` and `softcap`, so that softcap(logit_scale * (hidden @ weight.T + bias)) are
     its logits; the `linear_*` functions take all three. Without `head` the model does what it did, bit for bit.
+
+    A head that a tensor-parallel plan has split over the vocabulary is not gathered: weight and bias are this process's
+    rows, and `process_group`, which the `linear_*` functions take as well, is among the options. A head under LoRA
+    comes as [hidden, scaling * hidden A^T] and a copy of [weight, B], made for the call: to a loss it is a trained
+    head, and 2 V H bytes the dearer in 16 bits, though A and B alone get gradients.
 
     A mixture of experts asked for its router loss (`output_router_logits`, as an argument or in its config) returns
     HeadOutput(result, aux_loss); add `router_aux_loss_coef * aux_loss` to the loss, as the model does under `labels`.
@@ -78,7 +71,7 @@ def fused_lm_head(model: Model) -> Model:
     Raises:
         TypeError: not a causal LM of transformers.
         ValueError: the logits are something else; `forward` was replaced on the instance, so that nobody would call
-            ours; the LM head carries an adapter (LoRA): its product is not one weight.
+            ours; the LM head carries an adapter that is more than a term of low rank (DoRA).
         At the call, TypeError: head is not callable, or comes with `labels` or `logits_to_keep`.
     """
     whole: Any = model
@@ -113,14 +106,17 @@ def _linears(model: Any) -> list[nn.Module]:
     """The head of a causal LM as the linear layers it may run: one, or PEFT's copies; an error if it is neither."""
     head = model.get_output_embeddings()
     if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"fused_lm_head: the LM head of {type(model).__name__} carries an adapter ({type(head).__name__}), whose "
-            "output is not hidden @ weight.T; leave it out of target_modules, or train it whole by modules_to_save"
-        )
+        if reason := why_not_low_rank(head):
+            raise ValueError(
+                f"fused_lm_head: the LM head of {type(model).__name__} {reason}, so that its output is not that of a "
+                "linear layer; leave it out of target_modules, or train it whole by modules_to_save"
+            )
+        head = head.base_layer
     copies = getattr(head, "modules_to_save", None)
     linears = [head] if copies is None else [head.original_module, *copies.values()]
     for linear in linears:
-        if not isinstance(linear, FusedLinear) and (type(linear) is not nn.Linear or "forward" in vars(linear)):
+        replaced = "forward" in vars(linear) and not is_sharded(linear)  # by a tensor-parallel plan, which is known
+        if not isinstance(linear, FusedLinear) and (type(linear) is not nn.Linear or replaced):
             raise ValueError(
                 f"fused_lm_head: the LM head of {type(model).__name__} must be an nn.Linear with its own forward; "
                 f"got {type(linear).__name__}"
@@ -207,7 +203,7 @@ def _forward_with_head(model: Any, head: Callable[..., Any], router_loss: Any, k
         kwargs["output_router_logits"] = True
 
     outputs = model.base_model(**kwargs)
-    result = model.get_output_embeddings()(outputs[0], head=head, **_head_options(model))
+    result = call_head(model.get_output_embeddings(), outputs[0], head, _head_options(model))
     if not wants_aux:
         return result
     mask = kwargs.get("attention_mask")

@@ -19,6 +19,22 @@ def tensors(fn: str, **arguments: Tensor | None) -> None:
             raise TypeError(f"{fn}: {name} must be a tensor; got {type(value).__name__}")
 
 
+def reverse_mode_only(fn: str, **arguments: Tensor | None) -> None:
+    """No argument has a forward-mode tangent, which would be lost, or is differentiated by torch.func."""
+    if torch.compiler.is_compiling():
+        return
+    for name, value in _given(arguments):
+        if torch._C._functorch.is_gradtrackingtensor(value):
+            got = "one inside a transform of torch.func"
+        elif torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+            got = "one with a forward-mode tangent"
+        else:
+            continue
+        raise ValueError(
+            f"{fn}: {name} must be differentiated in reverse mode, by backward() or torch.autograd.grad; got {got}"
+        )
+
+
 def same_shape(fn: str, **arguments: Tensor | None) -> None:
     """Each argument has the shape of the first."""
     (first, wanted), *others = _given(arguments)

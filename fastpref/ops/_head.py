@@ -79,6 +79,8 @@ def flatten(
     check_max_extra_bytes(fn, max_extra_bytes)
     _check.tensors(fn, hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows, cu_seqlens=cu_seqlens)
     _refuse_sharded(fn, weight=weight, bias=bias)
+    if backend != "reference":
+        _check.reverse_mode_only(fn, hidden=hidden, weight=weight, bias=bias)
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{fn}: backend must be None or one of {', '.join(BACKENDS)}; got {backend!r}")
     hidden, weight, bias, autocast_weight = under_autocast(hidden, weight, bias)

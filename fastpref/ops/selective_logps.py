@@ -49,6 +49,8 @@ def selective_logps(
     fn = "selective_logps"
     _head.check_outputs(fn, outputs)
     _check.tensors(fn, logits=logits, targets=targets)
+    if backend != "reference":
+        _check.reverse_mode_only(fn, logits=logits)
     if backend is not None and backend not in _head.BACKENDS:
         raise ValueError(f"{fn}: backend must be None or one of {', '.join(_head.BACKENDS)}; got {backend!r}")
     eager = backend in ("reference", "torch")
