@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 LETTERS = "abcdefgh"
 WORDS = ["<unk>", "<eos>", "<pad>", *LETTERS, *(f"w{i}" for i in range(21))]
 LENGTH = 4  # tokens of a completion
-REPEATS = "tests._online:repeats"
+REPEATS, AGREES = "tests._online:repeats", "tests._online:agrees"
 
 
 def make_tiny(folder):
@@ -43,6 +43,14 @@ def online_options(kind, folder, output_dir, **given):
 def repeats(prompts, completions, letter, **_):
     """The share of LENGTH words that repeat the prompt's first letter; 1 at best."""
     return [text.split().count(one) / LENGTH for text, one in zip(completions, letter, strict=True)]
+
+
+def agrees(prompts, completions, letter, **_):
+    """The share of LENGTH words that are even-numbered where the prompt's first letter is, odd where it is odd."""
+    return [
+        sum(WORDS.index(word) % 2 == WORDS.index(one) % 2 for word in text.split()) / LENGTH
+        for text, one in zip(completions, letter, strict=True)
+    ]
 
 
 def unsure(completions, **_):

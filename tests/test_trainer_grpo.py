@@ -14,8 +14,8 @@ from fastpref.trainer import grpo
 from fastpref.trainer.grpo import GRPOOptions, group_advantages, train
 from fastpref.trainer.metrics import Tally, read_metrics
 from fastpref.trainer.online import draw, facts_of, open_online
-from tests._online import make_tiny, online_options
-from tests._trainer import TWO_PROCESSES, assert_same_metrics, run_command
+from tests._online import AGREES, make_tiny, online_options
+from tests._trainer import assert_same_metrics, run_processes
 from tests.test_plan import measured_passes
 
 options = partial(online_options, GRPOOptions)
@@ -29,10 +29,11 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("loss_type", ["grpo", "rloo"])
 def test_reaches_95_percent_of_the_optimum(tiny, tmp_path, loss_type, seed):
-    given = {"per_device_train_batch_size": 256, "lr_scheduler_type": "linear", "max_steps": 50}
+    given = {"per_device_train_batch_size": 128, "lr_scheduler_type": "linear", "max_steps": 50}
+    given |= {"reward_funcs": [AGREES]}
     train(options(tiny, tmp_path, loss_type=loss_type, seed=seed, **given))
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert lines[0]["reward"] < 0.2
+    assert lines[0]["reward"] < 0.7
     assert lines[-1]["reward"] >= 0.95
 
 
@@ -114,7 +115,7 @@ def test_two_processes_make_the_run_of_one(tiny, tmp_path):
     given = {"max_steps": 3, "num_iterations": 2, "steps_per_generation": 4, "beta": 0.05, "logging_steps": 1}
     train(options(tiny, tmp_path / "one", **given, per_device_train_batch_size=16, gradient_accumulation_steps=2))
     given = options(tiny, tmp_path / "two", **given, per_device_train_batch_size=8, gradient_accumulation_steps=2)
-    run_command(given, launcher=TWO_PROCESSES)
+    run_processes(given, 2)
     assert_same_metrics(tmp_path / "two", tmp_path / "one", abs=2e-4)
 
 

@@ -20,8 +20,8 @@ from fastpref.trainer.online import draw, open_online
 from fastpref.trainer.ppo import PPOOptions, train
 from fastpref.trainer.rewards import RewardModel
 from fastpref.trainer.rollout import Sample
-from tests._online import LENGTH, make_tiny, online_options
-from tests._trainer import TWO_PROCESSES, assert_same_metrics, assert_same_weights, run_command
+from tests._online import AGREES, LENGTH, make_tiny, online_options
+from tests._trainer import assert_same_metrics, assert_same_weights, run_and_kill, run_processes
 
 options = partial(online_options, PPOOptions)
 
@@ -33,17 +33,16 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_reaches_95_percent_of_the_optimum(tiny, tmp_path, seed):
-    """The best policy repeats a letter of the prompt and gets 1; a random one gets 1/32."""
-    given = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "num_mini_batches": 4}
-    given |= {"num_ppo_epochs": 2, "learning_rate": 5e-3, "lr_scheduler_type": "linear", "max_steps": 50}
-    train(options(tiny, tmp_path, seed=seed, **given))
+    """The best policy answers even letters with even words only, and gets 1; a random one gets 1/2."""
+    given = {"per_device_train_batch_size": 64, "num_mini_batches": 2, "num_ppo_epochs": 2, "reward_funcs": [AGREES]}
+    train(options(tiny, tmp_path, seed=seed, lr_scheduler_type="linear", max_steps=30, learning_rate=5e-3, **given))
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert lines[0]["objective/scores"] < 0.2
+    assert lines[0]["objective/scores"] < 0.7
     assert lines[-1]["objective/scores"] >= 0.95
 
 
 LORA = {"use_peft": True, "lora_target_modules": "all-linear", "kl_coef": 0.05, "per_device_train_batch_size": 8}
-LORA |= {"gradient_accumulation_steps": 2, "num_mini_batches": 2, "max_steps": 6, "learning_rate": 3e-2}
+LORA |= {"gradient_accumulation_steps": 2, "num_mini_batches": 2, "max_steps": 6, "learning_rate": 3e-3}
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +103,17 @@ def test_gradient_checkpointing_changes_nothing(plain, tiny, tmp_path):
 
 def test_two_processes_make_the_run_of_one(plain, tiny, tmp_path):
     given = options(tiny, tmp_path, **{**LORA, "gradient_accumulation_steps": 1})
-    run_command(given, launcher=TWO_PROCESSES)
+    run_processes(given, 2)
     assert_same_metrics(tmp_path, plain[0], abs=2e-4)
 
 
 def test_killed_and_resumed_is_uninterrupted(tiny, tmp_path):
     """SIGKILL past step 5: metrics and rollouts are those of a run left alone, KL weight and critic included."""
-    long = {**LORA, "max_steps": 40, "save_steps": 2, "adaptive_kl_target": 0.5, "adaptive_kl_horizon": 200}
+    long = {**LORA, "max_steps": 20, "save_steps": 2, "adaptive_kl_target": 0.5, "adaptive_kl_horizon": 200}
     train(options(tiny, tmp_path / "whole", **long))
-    run_command(options(tiny, tmp_path / "killed", **long), kill_at=5)
+    run_and_kill(options(tiny, tmp_path / "killed", **long), at=5)
     killed_at = read_metrics(tmp_path / "killed/metrics.jsonl")[-1]["step"]
-    assert 5 <= killed_at < 40
+    assert 5 <= killed_at < 20
     train(options(tiny, tmp_path / "killed", **long, resume_from_checkpoint=True))
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()

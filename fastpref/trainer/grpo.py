@@ -269,7 +269,8 @@ def backward_of_batch(run: Run, batch: Batch, num_items: int, indices: list[int]
             **options,
             **o.of_loss,
         )
-        return out.loss, out.metrics
+        # not the extremes, clip_ratio/low_min and high_max: the mean of those of some batches is no figure of the step
+        return out.loss, {name: x for name, x in out.metrics.items() if not name.endswith(("_min", "_max"))}
 
     with roles.playing("actor"):
         (loss, metrics), aux_loss = through_head(run, roles, sequences_of(samples), head)
