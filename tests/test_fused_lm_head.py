@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastpref
+
 transformers = pytest.importorskip("transformers")
 
 from fastpref.integrations.transformers import FusedLinear, HeadOutput, fused_lm_head  # noqa: E402
@@ -300,6 +302,29 @@ def test_gradient_checkpointing():
     model.gradient_checkpointing_enable()
     model(tokens(), head=partial(random_loss, targets=targets)).backward()
     assert len(calls) == 2  # once more in backward
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_head_that_is_whole_only_between_the_hooks_of_its_module():
+    """As under ZeRO-3: DeepSpeed, which is not a dependency, fills and empties each layer's parameters so."""
+    model, targets = fused_lm_head(tiny()), tokens(seed=1)
+    head = partial(fastpref.linear_logps, targets=targets)
+    model(tokens(), head=head).sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    whole, weight = model.lm_head.weight.data, model.lm_head.weight
+
+    def fill(*_):
+        weight.data = whole
+
+    def empty(*_):
+        weight.data = whole.new_empty(0)
+
+    model.lm_head.register_forward_pre_hook(fill)
+    model.lm_head.register_forward_hook(empty)
+    model.lm_head.register_full_backward_pre_hook(fill)
+    empty()
+    model(tokens(), head=head).sum().backward()
     assert_same_gradients(gradients(model), expected)
 
 

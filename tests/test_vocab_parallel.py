@@ -233,6 +233,12 @@ def check_a_group_of_one(rank):
     assert all(torch.equal(d_got[name], d_want[name]) for name in d_want)
 
 
+class ForGpus(dist.ProcessGroup):
+    """As one of NCCL."""
+
+    _device_types = (torch.device("cuda"),)
+
+
 def check_refusals(rank):
     args, group = head(12, H, V), dist.group.WORLD
     mine = {**args, "weight": args["weight"][part_of(rank)]}
@@ -240,6 +246,8 @@ def check_refusals(rank):
         linear_logps(**{**mine, "targets": args["targets"].clone().fill_(V)}, process_group=group)
     with pytest.raises(TypeError, match="process_group must be a ProcessGroup; got str"):
         linear_logps(**mine, process_group="world")
+    with pytest.raises(ValueError, match="process_group must serve the device of hidden, cpu; got one for cuda"):
+        linear_logps(**mine, process_group=ForGpus(0, 1))
     with pytest.raises(ValueError, match="must be another than 'reference'"):
         linear_logps(**mine, process_group=group, backend="reference")
     n = 12 - rank

@@ -108,7 +108,7 @@ def flatten(
         workspace = default_workspace(hidden.device)
     group, bounds = None, [0, vocab_size]
     if process_group is not None:
-        check_group(fn, process_group, backend)
+        check_group(fn, process_group, hidden.device, backend)
         bounds, workspace = agree(fn, process_group, hidden, weight, targets.numel(), workspace)
         if min(b - a for a, b in pairwise(bounds)) == 0:
             raise ValueError(f"{fn}: weight must have a row or more on every process; got bounds {bounds}")
@@ -136,9 +136,15 @@ def flatten(
     )
 
 
-def check_group(fn: str, process_group: "dist.ProcessGroup", backend: str | None) -> None:
+def check_group(fn: str, process_group: "dist.ProcessGroup", device: torch.device, backend: str | None) -> None:
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"{fn}: process_group must be a ProcessGroup; got {type(process_group).__name__}")
+    # NCCL serves GPUs alone: its own error, on the first collective, names neither
+    served = sorted({each.type for each in process_group._device_types})
+    if device.type not in served:
+        raise ValueError(
+            f"{fn}: process_group must serve the device of hidden, {device.type}; got one for {', '.join(served)}"
+        )
     if backend == "reference":
         raise ValueError(f"{fn}: backend must be another than 'reference' with a process_group")
 

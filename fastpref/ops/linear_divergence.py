@@ -114,7 +114,7 @@ def linear_divergence(
     widest = torch.promote_types(p.hidden.dtype, q.hidden.dtype)
     group, bounds = None, [0, weight_p.shape[0]]
     if process_group is not None:
-        _head.check_group(FN, process_group, backend)
+        _head.check_group(FN, process_group, hidden_p.device, backend)
         bounds, workspace = agree(FN, process_group, hidden_p, weight_p, hidden_q.shape[-1], workspace)
         group = process_group.group_name
     _head.check_workspace(FN, workspace, most_rows(bounds), widest)
