@@ -143,5 +143,5 @@ def _in_parts(flat: _head.FlatHead, couples: str, max_extra_bytes: int | None) -
         return False
     trained = flat.weight.requires_grad or (flat.bias is not None and flat.bias.requires_grad)
     if flat.hidden.requires_grad and torch.is_grad_enabled() and not trained:
-        return flat.backend != "reference" and not torch.compiler.is_compiling()
+        return flat.backend != "reference" and not _head.recorded(flat.targets)
     return in_parts(flat, couples, max_extra_bytes)

@@ -32,7 +32,7 @@ def in_parts(flat: _head.FlatHead, couples: str, max_extra_bytes: int | None) ->
     """Whether `sweep` is what a loss wants. Where it is not, the loss stands on linear_logps.
 
     So it does with a frozen head, in one chunk, where all rows are coupled, where an fp32 copy of the weight's gradient
-    has no room or does not pay, and under torch.compile.
+    has no room or does not pay, under torch.compile and in a CUDA graph.
     """
     trained = any(x is not None and x.requires_grad for x in (flat.weight, flat.bias)) and torch.is_grad_enabled()
     vocab_size, hidden_size = flat.most_rows, flat.weight.shape[1]
@@ -43,7 +43,7 @@ def in_parts(flat: _head.FlatHead, couples: str, max_extra_bytes: int | None) ->
         and couples != "batch"
         and flat.backend != "reference"
         and why_no_copy(rows, copy, max_extra_bytes) is None
-        and not torch.compiler.is_compiling()
+        and not _head.recorded(flat.targets)
         and not rows_of_one_chunk(flat)
     )
 

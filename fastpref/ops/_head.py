@@ -152,6 +152,11 @@ def check_group(fn: str, process_group: "dist.ProcessGroup", device: torch.devic
 OPTIONS = tuple(name for name, p in inspect.signature(flatten).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
+def recorded(x: Tensor) -> bool:
+    """Whether what is done with x is traced or captured: the values of this run say nothing then."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _refuse_sharded(fn: str, **arguments: Tensor | None) -> None:
     for name, value in arguments.items():
         if value is not None and type(value).__name__ == "DTensor":

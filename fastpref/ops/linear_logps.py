@@ -138,12 +138,13 @@ def token_outputs(
 
 def rows_of_one_chunk(flat: _head.FlatHead) -> int:
     """Rows of a chunk that holds every live target, 0 if `workspace` has no room for it."""
-    # where counting would wait for the device, or be traced, all targets count
-    count = flat.targets.numel()
-    if not torch.compiler.is_compiling() and not flat.targets.is_cuda:
-        run = kernels.choose("head", flat.targets.device.type, flat.backend)
-        count = count if run.STATIC else int((flat.targets != flat.ignore_index).sum())
     fits = driver.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace)
+    count = flat.targets.numel()
+    if not _head.recorded(flat.targets):
+        # where counting waits for the device, only if all of the targets do not fit: it may save a pass
+        run = kernels.choose("head", flat.targets.device.type, flat.backend)
+        if count > fits or not (flat.targets.is_cuda or run.STATIC):
+            count = int((flat.targets != flat.ignore_index).sum())
     return count if count <= fits else 0
 
 
@@ -181,6 +182,7 @@ def _op(
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
     if run.STATIC and not check_finite:
         index, problem = problem.live_first(ignore_index)
+        index = index[:keep_rows] if keep_rows else index
     else:
         where = targets, rows, inv_temperature, ignore_index, check_finite
         index = _head.kept_index(fn, "hidden", hidden, head.vocab_size, *where)
@@ -312,6 +314,7 @@ def _backward_op(
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
     if run.STATIC:
         index, problem = problem.live_first(ignore_index)
+        index = index if chunk is None else index[: chunk.shape[run.TOKEN_DIM]]
     else:
         index = (targets != ignore_index).nonzero()[:, 0]
     anchor, label_d, rest, mean_d = state[:, index]

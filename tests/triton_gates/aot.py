@@ -81,7 +81,7 @@ def compiled(monkeypatch, arch, call, **options):
     for module in (head, selective_logps):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kernel = getattr(module, name)
-            warmup = _Warmup(name, getattr(kernel, "kernel", kernel), found, options)
+            warmup = _Warmup(name, kernel.kernel if isinstance(kernel, _Warmup) else kernel, found, options)
             monkeypatch.setattr(module, name, warmup)
     call()
     return [_read(arch, name, kernel) for name, kernel in found]
@@ -121,6 +121,7 @@ def gate(code, tensor_cores):
         # operands in flight while others are multiplied; gfx942 goes through registers
         if code.arch != "gfx942":
             assert code.count("LDGSTS") or code.count("UTMALDG"), f"{what} loads synchronously"
+            assert not code.count("LDG.E.U16"), f"{what} loads 16 bits at a time"
 
 
 class Problem(NamedTuple):

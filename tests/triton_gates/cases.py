@@ -9,9 +9,9 @@ import tests.triton_gates.interpreter  # noqa: F401
 from fastpref.kernels.triton import configs, head
 
 SMALL = configs.Config(
-    configs.Score(rows=32, columns=64, depth=16, tiles=2, warps=4, stages=2, fresh=2),
-    configs.Product(rows=32, columns=32, depth=16, warps=4, stages=2),
-    configs.Product(rows=32, columns=32, depth=16, warps=4, stages=2),
+    configs.Score(rows=32, columns=128, depth=16, tiles=2, warps=4, stages=2, fresh=2),
+    configs.Product(rows=32, columns=32, depth=64, warps=4, stages=2),
+    configs.Product(rows=64, columns=64, depth=16, warps=4, stages=2),
     library=False,
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -3,10 +3,12 @@ where one does not. FASTPREF_AOT=all compiles all of the table and odd shapes (7
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import tune_triton
 from fastpref.kernels.triton import configs, table
 from tests.triton_gates.aot import SHARED, Problem, compiled, gate
 
@@ -67,6 +69,18 @@ def test_table_has_a_row_for_everything():
                 # bytes of partial sums that a row takes: what the planner counts on
                 assert config.score.columns * config.score.tiles >= 20 * 12
     assert all(row.arch in SHARED for row in table.ROWS)
+
+
+def test_table_is_as_the_tuner_writes_it():
+    assert tune_triton.source(table.ROWS) == Path(table.__file__).read_text()
+
+
+def test_tuned_row_comes_before_the_general_one():
+    old = configs.lookup("sm_90", BF16, 4096, 151936)
+    row = configs.Row("sm_90", 16, 4096, 151936, old._replace(library=not old.library), "a device")
+    rows = tune_triton.merged(tune_triton.merged(table.ROWS, [row]), [row])
+    assert len(rows) == len(table.ROWS) + 1
+    assert next(found for found in rows if found[:2] == row[:2]) == row
 
 
 def test_gate_sees_a_spill(monkeypatch):

@@ -1,8 +1,6 @@
-"""Fixtures of the checks that run under Triton's interpreter."""
+"""Fixtures of the checks under Triton's interpreter. Triton is imported late: it need not be installed here."""
 
 import pytest
-
-from tests.triton_gates.sanitizer import sanitized
 
 
 @pytest.fixture
@@ -17,5 +15,7 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def checked(small_tiles):
     """Every launch of the test under the sanitizer."""
+    from tests.triton_gates.sanitizer import sanitized
+
     with sanitized():
         yield

@@ -91,15 +91,15 @@ def sanitized(reverse=False):
     def everywhere(pointers):
         return interpreter.TensorHandle(np.ones_like(pointers.data, dtype=bool), tl.int1)
 
-    def masked_load(self, pointers, mask, other, *rest):
+    def masked_load(self, pointers, mask, other, *rest, **named):
         launch.touch("load", pointers, mask)
         if other is None and mask is not None and pointers.get_element_ty().is_floating():
             other = _poison(pointers)
-        return saved["create_masked_load"](self, pointers, mask, other, *rest)
+        return saved["create_masked_load"](self, pointers, mask, other, *rest, **named)
 
-    def masked_store(self, pointers, value, mask, *rest):
+    def masked_store(self, pointers, value, mask, *rest, **named):
         launch.touch("store", pointers, mask)
-        return saved["create_masked_store"](self, pointers, value, mask, *rest)
+        return saved["create_masked_store"](self, pointers, value, mask, *rest, **named)
 
     def load(self, pointers, *rest):
         return masked_load(self, pointers, everywhere(pointers), None, *rest)

@@ -10,12 +10,14 @@ from fastpref import linear_logps, linear_policy_loss, linear_preference_loss, s
 from fastpref.kernels.triton import configs
 from fastpref.kernels.triton import head as kernels
 from fastpref.kernels.triton import selective_logps as selective
+from fastpref.ops import _head
+from fastpref.ops.linear_logps import rows_of_one_chunk
 from tests import _oracle
 from tests._oracle import IGNORE, assert_gradient, assert_logps, assert_same_bits, head, option_case, upstream
 from tests.triton_gates.cases import DTYPES, SMALL
 from tests.triton_gates.sanitizer import sanitized
 
-RAGGED = (35, 40, 131)  # rows, depth and columns all leave a rest
+RAGGED = (35, 40, 259)  # rows, depth and columns all leave a rest
 
 
 def check(args, grads, *, trained=_oracle.TRAINED, workspace=None, **options):
@@ -60,7 +62,7 @@ def test_descriptors(checked, monkeypatch, dtype):
     described = SMALL._replace(score=SMALL.score._replace(descriptors=True, specialise=True))
     monkeypatch.setattr(configs, "lookup", lambda *_: described)
     check(head(*RAGGED, dtype, bias=True), {"logps": upstream(35)})
-    odd = head(35, 37, 131, dtype)  # rows that are not 16 bytes apart: through pointers
+    odd = head(35, 37, 259, dtype)  # rows that are not 16 bytes apart: through pointers
     check(odd, {"logps": upstream(35)})
 
 
@@ -116,16 +118,16 @@ def test_target_or_row_out_of_range_is_nan_and_reads_nothing(checked):
     assert logps.isnan().nonzero()[:, 0].tolist() == [3, 9, 11]
 
 
-def test_four_passes_and_a_frozen_head(checked):
-    args = head(220, 16, 1003, torch.float32, bias=True)  # more rows than a chunk of 1 MiB holds
-    check(args, {"logps": upstream(220)}, workspace=2**20)
-    check(args, {"logps": upstream(220)}, workspace=2**20, trained=("hidden",))
+def test_four_passes_and_a_frozen_head(small_tiles):
+    args = head(60, 16, 2003, torch.float32, bias=True, ignored=0.0)  # more rows than a chunk of 1 MiB holds
+    check(args, {"logps": upstream(60)}, workspace=2**20)
+    check(args, {"logps": upstream(60)}, workspace=2**20, trained=("hidden",))
 
 
 @pytest.mark.parametrize("workspace", [2**20, 2**28])
 def test_preference_loss(checked, workspace):
-    # of one chunk, and of several: 12 sequences of 20 tokens and 1,003 logits
-    args = _oracle.pairs(6, 20, 16, 1003, bias=True)
+    # of one chunk, and of several, since one of 1 MiB has 48 rows
+    args = _oracle.pairs(4, 20, 8, 2003, bias=True)
     ref = _oracle.reference_of(args)
     values, gradients = _oracle.our_loss(args, ref_logps=ref, backend="triton", workspace=workspace)
     truths, true_gradients = _oracle.true_loss(args, ref_logps=ref)
@@ -146,6 +148,15 @@ def test_policy_loss_is_the_cpu_kernels(checked):
     torch.testing.assert_close(found["triton"][0]["loss"], found["torch"][0]["loss"], rtol=1e-5, atol=1e-6)
     for name, gradient in found["triton"][1].items():
         assert_gradient(gradient, found["torch"][1][name].double())
+
+
+def test_chunk_holds_the_rows_that_count(checked):
+    # 160 targets do not fit a chunk of 1 MiB, the 80 that count do: three passes, their F kept
+    args = head(160, 16, 1003, torch.float32, ignored=0.0)
+    args["targets"][::2] = IGNORE
+    args["hidden"][::2] = math.nan
+    assert rows_of_one_chunk(_head.flatten("test", **args, workspace=2**20, backend="triton")) == 80
+    check(args, {"logps": upstream(160)}, workspace=2**20)
 
 
 def test_mixed_precision_reads_an_fp32_weight(checked):
@@ -230,6 +241,8 @@ def launches_only(monkeypatch):
 @pytest.mark.parametrize("trained", [_oracle.TRAINED, ("hidden",)])
 @pytest.mark.parametrize("workspace", [2**20, 2**28])
 def test_host_never_waits(small_tiles, monkeypatch, workspace, trained, entropy):
+    if workspace == 2**20:  # of several chunks: that they are is asked of the device, once
+        monkeypatch.setattr("fastpref.ops.linear_logps.rows_of_one_chunk", lambda flat: 0)
     launches_only(monkeypatch)
     args = head(220, 16, 1003, torch.float32, bias=True)
     leaves = {name: x.requires_grad_(name in trained) for name, x in args.items() if x.is_floating_point()}

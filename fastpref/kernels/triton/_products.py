@@ -35,14 +35,15 @@ def d_hidden_kernel(
 
     total = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     if wanted != 0:
-        held_row, held_column = tl.minimum(row, n - 1).to(tl.int64), tl.minimum(column, H - 1).to(tl.int64)
+        # held where rows lie; a mask where elements do, or the compiler would not see that they are contiguous
+        held_row, real = tl.minimum(row, n - 1).to(tl.int64), column < H
         depth = tl.arange(0, BLOCK_V)
         f_ptrs = f_ptr + held_row[:, None] * stride_fn + depth[None, :]
-        w_ptrs = weight_ptr + depth.to(tl.int64)[:, None] * stride_wv + held_column[None, :] * stride_wh
+        w_ptrs = weight_ptr + depth.to(tl.int64)[:, None] * stride_wv + column.to(tl.int64)[None, :] * stride_wh
         for k in tl.range(0, tl.cdiv(V, BLOCK_V)):
             inside = depth < V - k * BLOCK_V
             f = tl.load(f_ptrs, mask=inside[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=inside[:, None] & real[None, :], other=0.0)
             total = tl.dot(f, w.to(READ).to(f.dtype), total, input_precision=PRECISION)
             f_ptrs += BLOCK_V
             w_ptrs += BLOCK_V * tl.cast(stride_wv, tl.int64)
@@ -73,17 +74,17 @@ def d_weight_kernel(
     tile, block = _grouped(tl.cdiv(V, BLOCK_V), tl.cdiv(H, BLOCK_H), GROUP)
     vocab = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     column = block * BLOCK_H + tl.arange(0, BLOCK_H)
-    held_vocab, held_column = tl.minimum(vocab, V - 1), tl.minimum(column, H - 1)
     depth = tl.arange(0, BLOCK_N)
 
     total = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
     for k in tl.range(0, tl.load(count_ptr)):
         row = tl.load(block_ptr + k) * BLOCK_N + depth
         inside = row < n
-        f_ptrs = f_ptr + row[None, :] * stride_fn + held_vocab[:, None]
-        f = tl.load(f_ptrs, mask=inside[None, :], other=0.0)
-        x = tl.load(scaled_ptr + row[:, None] * H + held_column[None, :], mask=inside[:, None], other=0.0)
-        total = tl.dot(f, x, total, input_precision=PRECISION)
+        f_ptrs = f_ptr + row[:, None] * stride_fn + vocab[None, :]
+        f = tl.load(f_ptrs, mask=inside[:, None] & (vocab < V)[None, :], other=0.0)
+        x_ptrs = scaled_ptr + row[:, None] * H + column[None, :]
+        x = tl.load(x_ptrs, mask=inside[:, None] & (column < H)[None, :], other=0.0)
+        total = tl.dot(f.T, x, total, input_precision=PRECISION)
 
     out_ptrs = out_ptr + vocab.to(tl.int64)[:, None] * stride_ov + column[None, :]
     mask = (vocab < V)[:, None] & (column < H)[None, :]

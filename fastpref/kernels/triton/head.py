@@ -42,7 +42,7 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
 
 def _precision() -> str:
     """Of products of fp32 operands: true fp32, unless torch's own switch allows tf32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def score(
         score_kernel[(triton.cdiv(n, config.rows) * blocks,)](
             TensorDescriptor.from_tensor(x, [config.rows, config.depth]) if descriptors else x,
             TensorDescriptor.from_tensor(weight, [config.columns, config.depth]) if descriptors else weight,
-            head.bias,
+            None if head.bias is None else head.bias.contiguous(),
             targets.contiguous(),
             anchor.contiguous(),
             inv_temperature.contiguous(),

@@ -13,7 +13,7 @@ ROWS = (
         16,
         0,
         0,
-        Config(Score(128, 128, 64, 4, 8, 3, 1), Product(128, 128, 64, 8, 3), Product(128, 128, 64, 8, 3), True),
+        Config(Score(128, 64, 32, 8, 8, 4, 8), Product(128, 128, 32, 8, 4), Product(128, 128, 32, 8, 6), True),
         "",
     ),
     Row(
@@ -21,7 +21,7 @@ ROWS = (
         32,
         0,
         0,
-        Config(Score(64, 64, 32, 8, 8, 3, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 3), True),
+        Config(Score(64, 64, 32, 8, 8, 3, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 4), True),
         "",
     ),
     Row(
@@ -29,7 +29,7 @@ ROWS = (
         16,
         0,
         0,
-        Config(Score(128, 64, 64, 8, 8, 3, 4), Product(128, 128, 64, 8, 2), Product(128, 128, 64, 8, 2), True),
+        Config(Score(128, 64, 32, 8, 8, 4, 8), Product(128, 128, 32, 8, 4), Product(128, 128, 32, 8, 6), True),
         "",
     ),
     Row(
@@ -37,7 +37,7 @@ ROWS = (
         32,
         0,
         0,
-        Config(Score(64, 64, 32, 8, 8, 3, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 3), True),
+        Config(Score(64, 64, 32, 8, 8, 3, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 4), True),
         "",
     ),
     Row(
@@ -45,7 +45,7 @@ ROWS = (
         16,
         0,
         0,
-        Config(Score(128, 128, 64, 4, 8, 4, 4), Product(128, 256, 64, 8, 3), Product(128, 256, 64, 8, 3), True),
+        Config(Score(128, 128, 64, 4, 8, 4, 4), Product(128, 256, 64, 8, 3), Product(128, 128, 64, 8, 6), True),
         "",
     ),
     Row(
@@ -53,7 +53,7 @@ ROWS = (
         32,
         0,
         0,
-        Config(Score(64, 64, 32, 8, 8, 3, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 3), True),
+        Config(Score(64, 64, 32, 8, 8, 3, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 4), True),
         "",
     ),
     Row(
@@ -61,7 +61,7 @@ ROWS = (
         16,
         0,
         0,
-        Config(Score(128, 64, 64, 8, 8, 4, 4), Product(128, 128, 64, 8, 3), Product(128, 128, 64, 8, 3), True),
+        Config(Score(128, 64, 64, 8, 8, 4, 4), Product(128, 128, 64, 8, 3), Product(128, 128, 64, 8, 5), True),
         "",
     ),
     Row(
@@ -69,7 +69,7 @@ ROWS = (
         32,
         0,
         0,
-        Config(Score(64, 64, 32, 8, 8, 3, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 3), True),
+        Config(Score(64, 64, 32, 8, 8, 3, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 4), True),
         "",
     ),
     Row(
@@ -77,7 +77,7 @@ ROWS = (
         16,
         0,
         0,
-        Config(Score(128, 64, 64, 8, 8, 2, 4), Product(128, 128, 64, 8, 2), Product(128, 128, 64, 8, 2), False),
+        Config(Score(128, 64, 64, 8, 8, 2, 4), Product(128, 128, 32, 8, 2), Product(128, 128, 32, 8, 2), False),
         "",
     ),
     Row(
