@@ -36,7 +36,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     figure.suptitle(
         f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['commit']}", fontsize=9
     )
-    figure.tight_layout()
+    figure.tight_layout(h_pad=2.0)
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
 
@@ -67,18 +67,17 @@ def panels(rows: Sequence[Row]) -> list[Callable[[Any], None]]:
 
 
 def bars(rows: Sequence[Row], key: str, title: str, form: str, mark: float | None = None) -> Callable[[Any], None]:
-    """Horizontal, the least first, logarithmic; `mark` is a line."""
+    """Horizontal, from zero, the best on top; `mark` is a line."""
 
     def panel(axes: Any) -> None:
-        ordered = sorted(rows, key=lambda row: -row[key])
+        ordered = sorted(rows, key=lambda row: row[key], reverse=key != "tokens")  # drawn from the bottom
         names, values = [row["contender"] for row in ordered], [row[key] for row in ordered]
         drawn = axes.barh(names, values, color=[OURS if name.startswith("fastpref") else OTHER for name in names])
         at_least = ["≥ " if row.get("at_least") else "" for row in ordered]
         labels = [f"{sign}{value:{form}}" for sign, value in zip(at_least, values, strict=True)]
         axes.bar_label(drawn, labels, padding=3, fontsize=8)
-        axes.set_xscale("log")
-        low, high = min(values), max(values)
-        axes.set_xlim(low / 2, high * (high / low) ** 0.25 * 1.5)
+        axes.set_xlim(0, 1.15 * max(values))
+        axes.set_xticks([])
         if mark is not None:
             axes.axvline(mark, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(title, fontsize=9)
@@ -102,9 +101,17 @@ def lines(rows: Sequence[Row], grows: str) -> Callable[[Any], None]:
                 axes.plot(x, [row["bare_s"] for row in some], ":", color="black", label="bare products")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel(label, fontsize=8)
         axes.set_ylabel("seconds a step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.legend(fontsize=8, frameon=False)
 
     return panel
+
+
+if __name__ == "__main__":  # rows.jsonl picture.png
+    import json
+    import sys
+
+    draw([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()], Path(sys.argv[2]))
