@@ -1,5 +1,6 @@
 """`fastpref ppo` on a tiny model: it finds a known optimum, resumes, splits over processes, counts as papers do."""
 
+import dataclasses
 import json
 import math
 from functools import partial
@@ -258,8 +259,10 @@ def test_refuses(tiny, tmp_path, given, message):
     assert str(refused.value).startswith("ppo: ") and message in str(refused.value)
 
 
-def test_refuses_prompts_without_room_and_a_run_without_reward(tiny, tmp_path):
+def test_refuses_an_adapter_prompts_without_room_and_a_run_without_reward(tiny, plain, tmp_path):
     with pytest.raises(ValueError, match=r"^ppo: max_length must leave room for a prompt beside 4 new tokens; got 4$"):
         train(options(tiny, tmp_path, max_length=4))
+    with pytest.raises(ValueError, match=r"^ppo: model_name_or_path must be a whole model; .* is an adapter\. Merge"):
+        train(dataclasses.replace(options(tiny, tmp_path), model_name_or_path=str(plain[1].model_dir)))
     with pytest.raises(ValueError, match=r"^Rewards: a reward is wanted"):
         train(options(tiny, tmp_path, reward_funcs=None, max_steps=1))
