@@ -72,8 +72,9 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
         cu_seqlens: (S + 1,) bounds of S sequences among the targets. No effect here; accepted as a head option.
         process_group: weight and bias are this process's rows of the vocabulary, in the order of the group's ranks, any
             number on each; hidden and targets are the same on all, and so are what is returned and hidden's gradient,
-            the sum over the processes. Each tells the others two numbers a token and sweep, six with `outputs`. All
-            must make the same calls. Not within torch.compile(fullgraph=True).
+            the sum over the processes. Each tells the others two numbers a token and sweep, six with `outputs` (the
+            Triton kernels four and eleven, for they do not wait to see which rows need scoring again). All must make
+            the same calls. Not within torch.compile(fullgraph=True).
         workspace: bytes for the buffers of a chunk. None: 256 MiB on CPU, 1/32 of the memory of a GPU.
         max_extra_bytes: no effect here, where no second copy of the weight's gradient is ever kept.
         deterministic: fixed GEMM blocks on the torch backend; the C++ kernels always have them.
