@@ -145,7 +145,7 @@ class NinjaBuild(build_ext):
 
 
 def extensions() -> list[Extension]:
-    headers = [str(path) for path in CSRC.glob("*.h")]
+    headers = [str(path) for pattern in ("*.h", "*.cuh") for path in CSRC.glob(pattern)]
     modules = []
     if CXX:
         modules.append(Extension("fastpref._cpu", [str(path) for path in cpu_sources()], depends=headers))

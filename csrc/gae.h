@@ -30,7 +30,7 @@ struct GaeArgs {
 // `isa`: one of head_isas().
 void gae_cpu(const std::string& isa, const GaeArgs& args, int n_threads);
 
-// Asynchronous on `stream`; null, or the text of the CUDA error.
-const char* gae_cuda(const GaeArgs& args, void* stream);
+// Asynchronous on `stream` of `device`; null, or the text of the error.
+const char* gae_cuda(const GaeArgs& args, int device, void* stream);
 
 }  // namespace fastpref

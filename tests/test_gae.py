@@ -1,10 +1,4 @@
-"""gae against an independent recursion, and the float64 reference within eager's own error; gae.cu emulated."""
-
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
+"""gae against an independent recursion, and the float64 reference within eager's own error."""
 
 import pytest
 import torch
@@ -12,33 +6,11 @@ import torch
 import fastpref
 from fastpref import gae, kernels
 from fastpref.kernels.reference import gae as reference
+from tests._gae import check, check_moments, inputs, run
 
-ROOT = Path(__file__).parents[1]
 SHAPES = [(1, 1), (3, 7), (2, 256), (3, 257), (5, 1025)]  # one, odd, a CUDA block's steps, one past it, one past four
 BACKENDS = [name for name in ("torch", "cpu") if kernels.why_not(name) is None]
 DISCOUNTS = {"gamma": 0.99, "lam": 0.95}
-
-
-def inputs(shape, dtype=torch.float32, seed=0):
-    """gae's arguments; what stands at masked steps is NaN, and a third of them are masked, inside the rows too."""
-    generator = torch.Generator().manual_seed(seed)
-    rewards, values = torch.randn(2, *shape, generator=generator).to(dtype)
-    mask = torch.rand(shape, generator=generator) > 0.3
-    rewards[~mask] = values[~mask] = float("nan")
-    return {
-        "rewards": rewards,
-        "values": values,
-        "mask": mask,
-        "dones": torch.rand(shape, generator=generator) < 0.1,
-        "bootstrap": torch.randn(shape[:-1], generator=generator).to(dtype),
-    }
-
-
-def run(function, args, dtype=None, gamma=0.99, lam=0.95):
-    """A backend's own function, which takes its arguments by position: (advantages, returns)."""
-    floats = ("rewards", "values", "bootstrap")
-    cast = {name: x.to(dtype) if dtype and name in floats else x for name, x in args.items()}
-    return function(*cast.values(), gamma, lam, True)[0]
 
 
 def oracle(args, gamma, lam):
@@ -54,30 +26,6 @@ def oracle(args, gamma, lam):
             next_value = value
             results[:, row, t] = torch.tensor([next_advantage, next_advantage + value])
     return results
-
-
-def assert_no_worse(actual, eager, truth, factor=2.0):
-    error, allowed = (actual.double() - truth).abs().max(), factor * (eager.double() - truth).abs().max()
-    ulp = torch.finfo(actual.dtype).eps * truth.abs().max()
-    assert error <= allowed + ulp, f"error {error:.1e} > {factor} x eager's + 1 ulp = {allowed + ulp:.1e}"
-
-
-def check(function, args):
-    truth = run(reference.gae, args, torch.float64)
-    eager = run(reference.gae, args, torch.float32)
-    for got, e, t in zip(run(function, args), eager, truth, strict=True):
-        assert got.dtype == torch.float32
-        assert torch.equal(got[~args["mask"]], torch.zeros_like(got[~args["mask"]]))
-        assert_no_worse(got, e, t)
-
-
-def check_moments(function, args):
-    """Of the advantages it returned itself, in float64."""
-    (advantages, _), sums = function(*args.values(), 0.99, 0.95, True)
-    live, wide = torch.ones_like(advantages) if args["mask"] is None else args["mask"], advantages.double()
-    expected = torch.stack((live.sum(1).double(), wide.sum(1), wide.square().sum(1)), dim=1)
-    assert sums.dtype == torch.float64
-    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (1.0, 1.0), (0.0, 0.5), (0.9, 0.0)])
@@ -303,78 +251,3 @@ REFUSED = {
 def test_refuses(message):
     with pytest.raises((TypeError, ValueError), match=f"^gae: {message}$"):
         gae(**{"rewards": ROW, "values": ROW, **REFUSED[message]})
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """fastpref._cuda, its kernels compiled for the CPU by tests/cuda_emu."""
-    cxx = shutil.which("g++")
-    if cxx is None:
-        pytest.skip("needs g++")
-    import pybind11
-
-    library = tmp_path_factory.mktemp("emulated") / "_cuda.so"
-    includes = [ROOT / "tests" / "cuda_emu", sysconfig.get_paths()["include"], pybind11.get_include()]
-    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
-    sources = [ROOT / "csrc" / "bind_cuda.cpp", "-x", "c++", ROOT / "csrc" / "gae.cu"]
-    subprocess.run([cxx, *flags, *map(str, sources), "-o", str(library)], check=True)
-    spec = importlib.util.spec_from_file_location("_cuda", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def launch(rewards, values, mask, dones, bootstrap, gamma, lam, moments):
-        results, sums = torch.empty(2, *rewards.shape), torch.empty(len(rewards), 3, dtype=torch.float64)
-        tensors = (rewards, values, mask, dones, bootstrap, *results, sums if moments else None)
-        module.gae(*(0 if x is None else x.data_ptr() for x in tensors), *rewards.shape, gamma, lam, 0)
-        return results, sums
-
-    return launch
-
-
-@pytest.mark.parametrize("reverse", ["0", "1"])
-@pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (3, 0)])
-def test_cuda_kernel_under_the_emulator(emulated, monkeypatch, shape, reverse):
-    monkeypatch.setenv("CUDA_EMU_REVERSE", reverse)
-    args = inputs(shape)
-    if 0 in shape:
-        assert run(emulated, args).shape == (2, *shape)
-        return
-    check(emulated, args)
-    check_moments(emulated, args)
-    left_out = {**args, "dones": None, "bootstrap": None}
-    torch.testing.assert_close(run(emulated, left_out), run(reference.gae, left_out))
-    all_live = {**args, "rewards": args["rewards"].nan_to_num(), "values": args["values"].nan_to_num(), "mask": None}
-    torch.testing.assert_close(run(emulated, all_live), run(reference.gae, all_live))
-
-
-def test_cuda_kernel_lets_no_nan_cross_a_terminal_step(emulated):
-    args = inputs((1, 600))
-    args["mask"][:], args["dones"][:] = True, False
-    args["rewards"][:] = args["values"][:] = 1.0
-    args["dones"][:, 298] = True
-    wanted = run(reference.gae, args)
-    args["rewards"][:, 299:] = float("nan")
-    for got, expected in zip(run(emulated, args), wanted, strict=True):
-        torch.testing.assert_close(got[:, :299], expected[:, :299])
-
-
-@pytest.mark.skipif(kernels.why_not("cuda") is None, reason="there is a device")
-def test_cuda_launch_without_a_device_says_so():
-    if not kernels.why_not("cuda").startswith("built"):
-        pytest.skip("fastpref._cuda is not built")
-    with pytest.raises(RuntimeError, match=r"^gae: CUDA says: .*(driver|device)"):
-        fastpref._cuda.gae(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1.0, 1.0, 0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_on_a_cuda_device(shape, dtype):
-    check(gae_on_cuda, inputs(shape, dtype))
-    check_moments(gae_on_cuda, inputs(shape, dtype))
-
-
-def gae_on_cuda(*args):
-    on_device = (x.cuda() if torch.is_tensor(x) else x for x in args)
-    return tuple(x.cpu() for x in kernels.choose("gae", "cuda").gae(*on_device))

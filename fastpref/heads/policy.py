@@ -1,15 +1,17 @@
 """Policy losses on the fused head: hidden states in, loss and gradients out, no logits."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastpref.heads._rows import token_rows
 from fastpref.heads.sweep import in_parts, sweep
 from fastpref.losses._protocol import Loss
-from fastpref.losses.objective import objective, place
+from fastpref.losses.objective import Objective, Place, objective, place
 from fastpref.losses.policy import PolicyOutput
 from fastpref.ops import _head
 from fastpref.ops.linear_logps import token_outputs
@@ -124,14 +126,30 @@ def linear_policy_loss(
     if n and goal.reduction != "none" and _in_parts(flat, goal.couples, max_extra_bytes):
         token = torch.arange(n, device=flat.targets.device)
         group, n_groups = (token, n) if goal.couples == "token" else (where.sequence, where.n_sequences)
-        loss, found = sweep(FN, flat, group, n_groups, goal.loss_of)
+        loss, found = sweep(FN, flat, group, n_groups, partial(_loss_of, goal))
+        rows = token_rows(goal, found["logps"].detach(), found["entropy"].detach(), _bounds(where, cu_seqlens))
     else:
         found = token_outputs(FN, flat, entropy=entropy_coef != 0)
-        losses = goal.losses(found["logps"], found["entropy"])
+        rows = token_rows(goal, found["logps"], found["entropy"], _bounds(where, cu_seqlens))
+        losses = goal.losses(found["logps"], found["entropy"]) if rows is None else rows.losses
         loss = losses.reshape(targets.shape) if goal.reduction == "none" else losses.sum()
     logps, entropy = found["logps"], found["entropy"]
-    metrics = goal.metrics(logps, entropy)
+    metrics = goal.metrics(logps, entropy) if rows is None else rows.metrics
     return PolicyOutput(loss, logps.reshape(targets.shape), entropy.reshape(targets.shape), metrics)
+
+
+def _loss_of(goal: Objective, index: Tensor, outputs: dict[str, Tensor], first: int, last: int) -> Tensor:
+    """The sum over the live tokens at `index`, of the groups first to last - 1."""
+    some = goal.at(index, first, last)
+    rows = token_rows(some, outputs["logps"], outputs["entropy"])
+    return (some.losses(outputs["logps"], outputs["entropy"]) if rows is None else rows.losses).sum()
+
+
+def _bounds(where: Place, cu_seqlens: Tensor | None) -> Tensor:
+    """(S + 1,) int64: where each sequence starts, and the end."""
+    if cu_seqlens is not None:
+        return cu_seqlens.long()
+    return torch.arange(where.n_sequences + 1, device=where.sequence.device) * where.shape[1]
 
 
 def _in_parts(flat: _head.FlatHead, couples: str, max_extra_bytes: int | None) -> bool:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.heads._divisor import divisor
+from fastpref.heads._rows import pair_rows
 from fastpref.heads._sequences import mean, reference, sequences
 from fastpref.heads.sweep import in_parts, sweep
 from fastpref.losses._protocol import Loss
@@ -141,21 +142,20 @@ def linear_preference_loss(
     if n_pairs and reduction != "none" and in_parts(flat, loss_of_pairs.terms.couples, max_extra_bytes):
         loss, found = sweep(FN, flat, sequence % n_pairs, n_pairs, job.loss_of)
         pairs = job.pairs(found["logps"], found)
+        rows = pair_rows(loss_of_pairs, pairs)
     else:
         found = token_outputs(FN, flat)
         pairs = job.pairs(found["logps"], found)
-        losses = loss_of_pairs(pairs)
+        rows = pair_rows(loss_of_pairs, pairs)
+        losses = loss_of_pairs(pairs) if rows is None else rows.losses
         loss = losses if reduction == "none" else losses.sum()
-    loss = loss / by
-    chosen_rewards, rejected_rewards = loss_of_pairs.rewards(pairs)
-    return PreferenceOutput(
-        loss,
-        pairs.chosen_logps,
-        pairs.rejected_logps,
-        chosen_rewards,
-        rejected_rewards,
-        _metrics(pairs, chosen_rewards, rejected_rewards),
-    )
+    logps = pairs.chosen_logps, pairs.rejected_logps
+    if rows is not None:
+        rewards, metrics = (rows.chosen_rewards, rows.rejected_rewards), rows.metrics
+    else:
+        rewards = loss_of_pairs.rewards(pairs)
+        metrics = _pair_metrics(pairs, *rewards)
+    return PreferenceOutput(loss / by, *logps, *rewards, {**metrics, **_token_metrics(pairs)})
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,9 @@ class _Job:
         ref_sums = None if self.ref_sums is None else self.ref_sums[torch.cat((here, here + self.n_pairs))]
         ref_tokens = None if self.ref_tokens is None else self.ref_tokens[index]
         live, sequence = torch.ones_like(index, dtype=torch.bool), pair - first + n * is_rejected
-        return self.loss(_pairs(outputs["logps"], outputs, live, sequence, n, ref_sums, ref_tokens)).sum()
+        pairs = _pairs(outputs["logps"], outputs, live, sequence, n, ref_sums, ref_tokens)
+        rows = pair_rows(self.loss, pairs)
+        return self.loss(pairs).sum() if rows is None else rows.losses.sum()
 
 
 def _pairs(
@@ -205,12 +207,8 @@ def _pairs(
     return Pairs(*halves(sums), ref_chosen, ref_rejected, *halves(lengths), tokens, FN)
 
 
-def _metrics(pairs: Pairs, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
-    """TRL's, over this call; tokens weigh alike in logits/*, entropy and accuracy. 0 where nothing is averaged."""
-    tokens = pairs.tokens
-    assert tokens is not None
-    rejected = tokens.sequence >= pairs.chosen_logps.shape[0]
-    chosen_live, rejected_live = tokens.mask & ~rejected, tokens.mask & rejected
+def _pair_metrics(pairs: Pairs, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
+    """TRL's, over this call; 0 where nothing is averaged."""
     return {
         "rewards/chosen": mean(chosen_rewards),
         "rewards/rejected": mean(rejected_rewards),
@@ -218,6 +216,16 @@ def _metrics(pairs: Pairs, chosen_rewards: Tensor, rejected_rewards: Tensor) -> 
         "rewards/margins": mean(chosen_rewards - rejected_rewards),
         "logps/chosen": mean(pairs.chosen_logps),
         "logps/rejected": mean(pairs.rejected_logps),
+    }
+
+
+def _token_metrics(pairs: Pairs) -> dict[str, Tensor]:
+    """TRL's, over this call, all tokens alike; 0 where nothing is averaged."""
+    tokens = pairs.tokens
+    assert tokens is not None
+    rejected = tokens.sequence >= pairs.chosen_logps.shape[0]
+    chosen_live, rejected_live = tokens.mask & ~rejected, tokens.mask & rejected
+    return {
         "logits/chosen": mean(tokens.outputs["mean_logits"], chosen_live),
         "logits/rejected": mean(tokens.outputs["mean_logits"], rejected_live),
         "entropy": mean(tokens.outputs["entropy"], tokens.mask),

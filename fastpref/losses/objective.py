@@ -97,9 +97,6 @@ class Objective:
             token_weights=some(self.token_weights),
         )
 
-    def loss_of(self, index: Tensor, outputs: dict[str, Tensor], first: int, last: int) -> Tensor:
-        return self.at(index, first, last).losses(outputs["logps"], outputs["entropy"]).sum()
-
     def losses(self, logps: Tensor, entropy: Tensor | None) -> Tensor:
         """(N,) each live token's share of the loss, 0 elsewhere."""
         rollout = self._rollout(logps)

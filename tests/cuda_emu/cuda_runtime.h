@@ -1,139 +1,99 @@
 // Stands in for CUDA's cuda_runtime.h, so that g++ compiles a .cu file as it is and its kernels run on the CPU.
 //
-// Blocks run one after another. A thread of a block is a fiber: it runs until a barrier or a shuffle, then the next
-// one does, in ascending order, or in descending order where the environment has CUDA_EMU_REVERSE=1: a kernel that
-// lacks a barrier gets other values in one of the two. A block whose threads wait for each other in vain throws.
+// Blocks run one after another; shared memory is NaN when one starts. The threads of a block are fibers (fibers.h), or
+// with CUDA_EMU_THREADS threads of the system (threads.h), which the thread sanitizer can watch. Where the environment
+// has CUDA_EMU_REVERSE=1, blocks and fibers run in descending order: a kernel that lacks a barrier gets other values in
+// one of the two orders.
 #pragma once
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
-#include <vector>
+
+using std::fma;
+using std::isfinite;
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
-
 namespace cuda_emu {
 
 constexpr unsigned WARP = 32, MAX_THREADS = 1024;
-constexpr std::size_t STACK_BYTES = 64 * 1024;
 
-enum class State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, RETURNED };
-
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(STACK_BYTES);
-  State state = State::READY;
-};
-
-inline std::vector<Fiber> fibers;
-inline std::vector<std::uint64_t> posted;  // what each thread offers in a shuffle
-inline unsigned running;
-inline ucontext_t scheduler;
-inline std::function<void()> kernel_call;
-
-inline void wait_as(State state) {
-  fibers[running].state = state;
-  swapcontext(&fibers[running].context, &scheduler);
-}
-
-inline void run_fiber() {
-  kernel_call();
-  wait_as(State::RETURNED);
-}
-
-inline void resume(unsigned thread) {
-  running = thread;
-  threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
-  swapcontext(&scheduler, &fibers[thread].context);
-}
-
-// Frees fibers [from, to) if each of them waits at `barrier` or, where that is allowed, has returned.
-inline bool release(unsigned from, unsigned to, State barrier, bool returned_too) {
-  bool any = false;
-  for (unsigned i = from; i < to; ++i) {
-    if (fibers[i].state == barrier)
-      any = true;
-    else if (!(returned_too && fibers[i].state == State::RETURNED))
-      return false;
-  }
-  for (unsigned i = from; any && i < to; ++i)
-    if (fibers[i].state == barrier) fibers[i].state = State::READY;
-  return any;
-}
-
-inline void run_block(bool reverse) {
-  const unsigned n = blockDim.x * blockDim.y * blockDim.z;
-  if (n > MAX_THREADS) throw std::runtime_error("cuda_emu: a block has at most 1024 threads");
-  if (fibers.size() < n) fibers.resize(n);
-  posted.assign(n, ~0ull);
-  for (unsigned i = 0; i < n; ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.state = State::READY;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
-  }
-  for (;;) {
-    bool moved = false;
-    for (unsigned k = 0; k < n; ++k) {
-      const unsigned i = reverse ? n - 1 - k : k;
-      if (fibers[i].state != State::READY) continue;
-      resume(i);
-      moved = true;
-    }
-    unsigned returned = 0;
-    for (unsigned i = 0; i < n; ++i) returned += fibers[i].state == State::RETURNED;
-    if (returned == n) return;
-    for (unsigned i = 0; i < n; i += WARP) moved |= release(i, std::min(i + WARP, n), State::AT_WARP_BARRIER, true);
-    // a block barrier that a returned thread never reaches is undefined behaviour on a GPU: it is not released
-    moved |= release(0, n, State::AT_BLOCK_BARRIER, false);
-    if (!moved) throw std::runtime_error("cuda_emu: the threads of a block wait for each other in vain");
-  }
-}
-
-template <class T>
-T shuffle(T value, unsigned from_lane) {
-  static_assert(sizeof(T) <= sizeof(std::uint64_t));
-  const unsigned source = running / WARP * WARP + from_lane;
-  std::memcpy(&posted[running], &value, sizeof value);
-  wait_as(State::AT_WARP_BARRIER);
-  if (source < posted.size()) std::memcpy(&value, &posted[source], sizeof value);
-  wait_as(State::AT_WARP_BARRIER);  // nobody posts again before everybody has read
-  return value;
+inline bool reversed() {
+  const char* reverse = std::getenv("CUDA_EMU_REVERSE");
+  return reverse && *reverse == '1';
 }
 
 }  // namespace cuda_emu
+
+// Each engine has threadIdx, blockIdx, blockDim and gridDim, and in cuda_emu: the number of the running thread, its two
+// barriers, what the threads post in a shuffle, and run_block.
+#ifdef CUDA_EMU_THREADS
+#include "threads.h"
+#else
+#include "fibers.h"
+#endif
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one copy serves: blocks run one after another
+#define __restrict__ __restrict
+// one copy serves, as blocks run one after another; the section has all of them together
+#define __shared__ static __attribute__((section("cuda_emu_shared")))
 
-inline void __syncthreads() { cuda_emu::wait_as(cuda_emu::State::AT_BLOCK_BARRIER); }
+// of the linker: the section's ends, null in a file without shared memory
+extern "C" __attribute__((weak, visibility("hidden"))) char __start_cuda_emu_shared[], __stop_cuda_emu_shared[];
+
+namespace cuda_emu {
+
+__attribute__((no_sanitize("address"))) inline void poison_shared_memory() {
+  for (volatile char* p = __start_cuda_emu_shared; p < __stop_cuda_emu_shared; ++p) *p = '\xff';
+}
 
 template <class T>
+T shuffle(T value, unsigned from_lane) {
+  static_assert(sizeof(T) <= sizeof(std::uint64_t));
+  const unsigned source = running() / WARP * WARP + from_lane;
+  std::memcpy(&posted[running()], &value, sizeof value);
+  wait_for_warp();
+  if (source < posted.size()) std::memcpy(&value, &posted[source], sizeof value);
+  wait_for_warp();  // nobody posts again before everybody has read
+  return value;
+}
+
+inline unsigned lane() { return running() % WARP; }
+
+}  // namespace cuda_emu
+
+inline void __syncthreads() { cuda_emu::wait_for_block(); }
+inline void __syncwarp(unsigned = ~0u) { cuda_emu::wait_for_warp(); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_emu::shuffle(value, lane % cuda_emu::WARP);
+}
+template <class T>
 T __shfl_up_sync(unsigned, T value, unsigned distance) {
-  const unsigned lane = cuda_emu::running % cuda_emu::WARP;
+  const unsigned lane = cuda_emu::lane();
   return cuda_emu::shuffle(value, lane < distance ? lane : lane - distance);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int bits) {
+  return cuda_emu::shuffle(value, cuda_emu::lane() ^ bits);
 }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -145,13 +105,14 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   gridDim = config->gridDim;
   blockDim = config->blockDim;
-  cuda_emu::kernel_call = [=] { kernel(arguments...); };
-  const char* reverse = std::getenv("CUDA_EMU_REVERSE");
-  for (unsigned z = 0; z < config->gridDim.z; ++z)
-    for (unsigned y = 0; y < config->gridDim.y; ++y)
-      for (unsigned x = 0; x < config->gridDim.x; ++x) {
-        blockIdx = {x, y, z};
-        cuda_emu::run_block(reverse && *reverse == '1');
-      }
+  const std::uint64_t blocks = std::uint64_t(gridDim.x) * gridDim.y * gridDim.z;
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  if (threads == 0 || threads > cuda_emu::MAX_THREADS || blocks == 0) throw std::runtime_error("cuda_emu: no such launch");
+  for (std::uint64_t k = 0; k < blocks; ++k) {
+    const std::uint64_t i = cuda_emu::reversed() ? blocks - 1 - k : k;
+    cuda_emu::poison_shared_memory();
+    cuda_emu::run_block(threads, dim3(i % gridDim.x, i / gridDim.x % gridDim.y, i / gridDim.x / gridDim.y),
+                        [=] { kernel(arguments...); });
+  }
   return cudaSuccess;
 }

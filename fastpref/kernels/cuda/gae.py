@@ -1,9 +1,10 @@
-"""GAE by csrc/gae.cu: one launch, one block a row, a scan from right to left over affine maps."""
+"""GAE by csrc/gae.cu: one launch, a block a row."""
 
 import torch
 from torch import Tensor
 
 import fastpref._cuda as _cuda
+from fastpref.kernels.cuda import _launch
 
 
 def gae(
@@ -24,19 +25,6 @@ def gae(
     bootstrap = None if bootstrap is None else bootstrap.float().contiguous()
     results = torch.empty((2, *rewards.shape), device=rewards.device)
     sums = torch.empty(len(rewards), 3, dtype=torch.float64, device=rewards.device)
-    with torch.cuda.device(rewards.device):
-        _cuda.gae(
-            rewards.data_ptr(),
-            values.data_ptr(),
-            0 if mask is None else mask.data_ptr(),
-            0 if dones is None else dones.data_ptr(),
-            0 if bootstrap is None else bootstrap.data_ptr(),
-            results[0].data_ptr(),
-            results[1].data_ptr(),
-            sums.data_ptr() if moments else 0,
-            *rewards.shape,
-            gamma,
-            lam,
-            torch.cuda.current_stream().cuda_stream,
-        )
+    tensors = (rewards, values, mask, dones, bootstrap, *results, sums if moments else None)
+    _launch.launch(_cuda.gae, tensors, *rewards.shape, gamma, lam)
     return results, sums
