@@ -7,33 +7,14 @@
 // number, kept in double: the error does not grow with T.
 #include "gae.h"
 
-#include <cstring>
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "vector.h"
 
 namespace fastpref {
 namespace FP_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int VL = 16;
-#elif defined(__AVX2__)
-constexpr int VL = 8;
-#else
-constexpr int VL = 4;
-#endif
-
-typedef float vfloat __attribute__((vector_size(4 * VL)));
-typedef std::int32_t vint __attribute__((vector_size(4 * VL)));
-typedef std::uint8_t vbyte __attribute__((vector_size(VL)));
-typedef double vdouble __attribute__((vector_size(8 * VL)));
-
-inline vfloat splat(double x) { return static_cast<float>(x) - vfloat{}; }
-
 template <class V, class T>
-inline V load(const T* p) {
+inline V load_as(const T* p) {
   V x;
   std::memcpy(&x, p, sizeof x);
   return x;
@@ -71,7 +52,7 @@ template <int D, bool TERMINAL>
 inline Steps composed(Steps s) {
   if constexpr (D < VL) {
     s.offset = apply<TERMINAL>(s, shifted<D>(s.offset, vfloat{}));
-    s.slope *= shifted<D>(s.slope, splat(1));
+    s.slope *= shifted<D>(s.slope, splat(1.f));
     return composed<2 * D, TERMINAL>(s);
   }
   return s;
@@ -87,12 +68,35 @@ inline vfloat composed(vfloat offset, vfloat powers) {
   return offset;
 }
 
-inline bool any(vbyte x) {
-  std::uint64_t words[(sizeof x + 7) / 8] = {}, found = 0;
-  std::memcpy(words, &x, sizeof x);
+// A flag for each of VL bytes that is not 0.
+#ifdef __AVX512F__
+typedef __mmask16 Flags;
+constexpr Flags NONE = 0, ALL = 0xffff;
+inline Flags flags(const std::uint8_t* p) {
+  const __m128i x = load_as<__m128i>(p);
+  return _mm_test_epi8_mask(x, x);
+}
+inline bool any(Flags f) { return f; }
+inline vfloat choose(Flags f, vfloat a, vfloat b) { return (vfloat)_mm512_mask_blend_ps(f, (__m512)b, (__m512)a); }
+inline vint ones(Flags f) { return (vint)_mm512_maskz_set1_epi32(f, 1); }
+inline vint lanes() { return vint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+// 0 where a step is not live
+inline vfloat sum(Flags live, vfloat a, vfloat b) { return (vfloat)_mm512_maskz_add_ps(live, (__m512)a, (__m512)b); }
+#else
+typedef std::int8_t Flags __attribute__((vector_size(VL)));
+constexpr Flags NONE = {}, ALL = ~NONE;
+inline Flags flags(const std::uint8_t* p) { return load_as<Flags>(p) != 0; }
+inline bool any(Flags f) {
+  std::uint64_t words[(sizeof f + 7) / 8] = {}, found = 0;
+  std::memcpy(words, &f, sizeof f);
   for (std::uint64_t word : words) found |= word;
   return found;
 }
+inline vfloat choose(Flags f, vfloat a, vfloat b) { return __builtin_convertvector(f, vint) ? a : b; }
+inline vint ones(Flags f) { return -__builtin_convertvector(f, vint); }
+// without a mask for it, block() makes a and b 0 where a step is not live
+inline vfloat sum(Flags, vfloat a, vfloat b) { return a + b; }
+#endif
 
 struct Discounts {
   const float gamma, lam;
@@ -106,51 +110,73 @@ struct Discounts {
   }
 };
 
+// slope^n; apart from Discounts, whose members stay in registers as long as none is looked up by its number
+struct Powers {
+  double of[VL + 1] = {1};
+  explicit Powers(double slope) {
+    for (int n = 1; n <= VL; ++n) of[n] = of[n - 1] * slope;
+  }
+};
+
 struct Moments {
   vint count{};
   vdouble sum{}, sum_sq{};
 };
 
 // VL steps: the G to their left, of the one to their right. mask, dones and moments may be null.
-inline __attribute__((always_inline)) double block(const Discounts& by, double g, const float* rewards,
-                                                   const float* values, const std::uint8_t* mask,
+inline __attribute__((always_inline)) double block(const Discounts& by, [[maybe_unused]] const Powers& slope, double g,
+                                                   const float* rewards, const float* values, const std::uint8_t* mask,
                                                    const std::uint8_t* dones, float* advantages, float* returns,
                                                    Moments* moments) {
-  const vbyte live = mask ? load<vbyte>(mask) : vbyte{} + 1, terminal = dones ? load<vbyte>(dones) : vbyte{};
+  const Flags live = mask ? flags(mask) : ALL;
   if (!any(live)) {
     std::memset(advantages, 0, sizeof(vfloat));
     std::memset(returns, 0, sizeof(vfloat));
     return g;
   }
-  vfloat reward = load<vfloat>(rewards), value = load<vfloat>(values), later;
+  const Flags terminal = dones ? Flags(flags(dones) & live) : NONE, masked = ~live;
+  const vfloat right = splat(static_cast<float>(g));
+  vfloat reward = load(rewards), value = load(values), later;
   double g_left;
-  if (!any((live == 0) | (terminal != 0))) {
+  if (!any(Flags(masked | terminal))) {
     const vfloat offset = composed<1>(value + by.lam * (reward - value), by.powers);
-    later = by.gamma * shifted<1>(offset + by.powers * splat(g), splat(g));
+    later = by.gamma * shifted<1>(offset + by.powers * right, right);
     g_left = offset[0] + by.all_steps * g;
+#ifdef __AVX512F__
+  } else if (!any(terminal)) {
+    // the live steps side by side, in the first n lanes; identities follow them. Of __builtin_popcount GCC 12 makes the
+    // instruction of 16 bits, and the loop takes twice as long
+    const int n = _mm_popcnt_u32(_cvtmask16_u32(live));
+    const vfloat steps = (vfloat)_mm512_maskz_compress_ps(live, (__m512)(value + by.lam * (reward - value)));
+    const vfloat offset = composed<1>(steps, by.powers);
+    const vint from = lanes() + (VL - n);  // slope^(n - i), and past the last step 1
+    const vfloat powers = (vfloat)_mm512_permutex2var_ps((__m512)by.powers, (__m512i)from, (__m512)splat(1.f));
+    const vfloat g_here = offset + powers * right;
+    later = (vfloat)_mm512_maskz_expand_ps(live, (__m512)(by.gamma * shifted<1>(g_here, right)));
+    g_left = offset[0] + slope.of[n] * g;
+#endif
   } else {
-    const vint is_live = __builtin_convertvector(live, vint) != 0;
-    const vint goes_on = is_live & (__builtin_convertvector(terminal, vint) == 0);
-    reward = is_live ? reward : vfloat{};
-    value = is_live ? value : vfloat{};
-    Steps s = {value + by.lam * (reward - value), goes_on ? splat(by.slope) : is_live ? vfloat{} : splat(1)};
+    reward = choose(live, reward, vfloat{});
+    value = choose(live, value, vfloat{});
+    const vfloat steps = value + by.lam * (reward - value);
+    Steps s = {steps, choose(terminal, vfloat{}, choose(live, splat(static_cast<float>(by.slope)), splat(1.f)))};
     vfloat g_here;
-    if (any((live != 0) & (terminal != 0))) {
+    if (any(terminal)) {
       s = composed<1, true>(s);
-      g_here = apply<true>(s, splat(g));
+      g_here = apply<true>(s, right);
       g_left = s.slope[0] == 0 ? s.offset[0] : s.offset[0] + s.slope[0] * g;
     } else {
       s = composed<1, false>(s);
-      g_here = apply<false>(s, splat(g));
+      g_here = apply<false>(s, right);
       g_left = s.offset[0] + s.slope[0] * g;
     }
-    later = goes_on ? by.gamma * shifted<1>(g_here, splat(g)) : vfloat{};
+    later = choose(Flags(masked | terminal), vfloat{}, by.gamma * shifted<1>(g_here, right));
   }
-  const vfloat advantage = reward - value + later, ret = reward + later;
+  const vfloat advantage = sum(live, reward - value, later), ret = sum(live, reward, later);
   std::memcpy(advantages, &advantage, sizeof advantage);
   std::memcpy(returns, &ret, sizeof ret);
   if (moments) {
-    moments->count -= __builtin_convertvector(live, vint) != 0;
+    moments->count += ones(live);
     const vdouble wide = __builtin_convertvector(advantage, vdouble);
     moments->sum += wide;
     moments->sum_sq += wide * wide;
@@ -169,13 +195,14 @@ void row_of(const GaeArgs& args, std::int64_t row) {
   float* const returns = args.returns + start;
 
   const Discounts by(args.gamma, args.lam);
+  const Powers slope(by.slope);
   Moments moments;
   double g = args.bootstrap ? args.bootstrap[row] : 0.0;
   std::int64_t t = args.n_steps;
   while (t >= VL) {
     t -= VL;
-    g = block(by, g, rewards + t, values + t, mask ? mask + t : nullptr, dones ? dones + t : nullptr, advantages + t,
-              returns + t, MOMENTS ? &moments : nullptr);
+    g = block(by, slope, g, rewards + t, values + t, mask ? mask + t : nullptr, dones ? dones + t : nullptr,
+              advantages + t, returns + t, MOMENTS ? &moments : nullptr);
   }
   if (t) {  // the first few steps, behind masked ones
     float r[VL] = {}, v[VL] = {}, a[VL], ret[VL];
@@ -185,7 +212,7 @@ void row_of(const GaeArgs& args, std::int64_t row) {
     std::memcpy(v + pad, values, t * sizeof(float));
     if (mask) std::memcpy(m + pad, mask, t); else std::memset(m + pad, 1, t);
     if (dones) std::memcpy(d + pad, dones, t);
-    block(by, g, r, v, m, d, a, ret, MOMENTS ? &moments : nullptr);
+    block(by, slope, g, r, v, m, d, a, ret, MOMENTS ? &moments : nullptr);
     std::memcpy(advantages, a + pad, t * sizeof(float));
     std::memcpy(returns, ret + pad, t * sizeof(float));
   }

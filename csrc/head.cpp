@@ -10,7 +10,7 @@
 
 #define FP_ISA baseline
 #include "head_dispatch.h"
-#include "head_vector.h"
+#include "storage.h"
 #include "threads.h"
 
 namespace fastpref {

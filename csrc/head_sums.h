@@ -1,55 +1,13 @@
 // What becomes of a tile of products: exponentials, their sums, the stored chunk. Included by csrc/head_isa.cpp alone.
 #pragma once
 #include "head.h"
-#include "head_vector.h"
+#include "vector.h"
 
 namespace fastpref {
 namespace FP_ISA {
 namespace {
 
 constexpr int64_t FLUSH = 8;  // vocabulary rows summed in fp32 before they are added in fp64
-
-// Cephes expf: 1 ulp on [-87, 80], held at 80 above (such a row is scored again with another anchor); not defined below
-inline vfloat vexp_above(vfloat x) {
-  const vfloat high = splat(80.f);
-  vfloat d = high < x ? high : x;
-#ifdef __AVX512F__
-  const vfloat n = _mm512_roundscale_ps(d * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const vfloat magic = splat(12582912.f);
-  const vfloat n = (d * 1.44269504f + magic) - magic;
-#endif
-  d = d - n * 0.693359375f;
-  d = d + n * 2.12194440e-4f;
-  vfloat p = splat(1.9875691500e-4f);
-  p = p * d + 1.3981999507e-3f;
-  p = p * d + 8.3334519073e-3f;
-  p = p * d + 4.1665795894e-2f;
-  p = p * d + 1.6666665459e-1f;
-  p = p * d + 5.0000001201e-1f;
-  p = p * (d * d) + (d + 1.f);
-#ifdef __AVX512F__
-  return _mm512_scalef_ps(p, n);
-#else
-  // the scale is multiplied in, not added to the exponent: a NaN must stay one
-  const vint exponent = (__builtin_convertvector(n, vint) + 127) << 23;
-  return p * (vfloat)exponent;
-#endif
-}
-
-// Cephes tanhf.
-inline vfloat vtanh(vfloat x) {
-  const vfloat s = x * x;
-  vfloat p = splat(-5.70498872745e-3f);
-  p = p * s + 2.06390887954e-2f;
-  p = p * s - 5.37397155531e-2f;
-  p = p * s + 1.33314422036e-1f;
-  p = p * s - 3.33332819422e-1f;
-  const vfloat small = x + x * s * p;
-  const vfloat twice = x + x, low = splat(-87.f);
-  const vfloat large = 1.f - 2.f / (vexp_above(twice < low ? low : twice) + 1.f);
-  return s < splat(0.390625f) ? small : large;
-}
 
 inline void store_chunk(float* p, vfloat x) { store(p, x); }
 inline void store_chunk(uint16_t* p, vfloat x) {
@@ -84,8 +42,8 @@ void add_rows(const Scoring& s, const Tokens& tokens, int64_t t, const float* c,
   constexpr int HALF = VL / 2;
 
   double* out = tokens.sums + t;
-  auto total = [&](int k, int half) -> vdouble_u& { return *reinterpret_cast<vdouble_u*>(out + k * tokens.ld_sums + half * HALF); };
-  vdouble low[kMaxD], high[kMaxD];
+  auto total = [&](int k, int half) -> vdouble_half_u& { return *reinterpret_cast<vdouble_half_u*>(out + k * tokens.ld_sums + half * HALF); };
+  vdouble_half low[kMaxD], high[kMaxD];
   for (int k = 0; k < kMaxD; ++k) low[k] = total(k, 0), high[k] = total(k, 1);
   // in fp32 over a few rows only: entropy is the difference of two sums, and feels the rounding of both
   vfloat sum[kMaxD] = {}, max_d = splat(-__builtin_inff());
@@ -120,8 +78,8 @@ void add_rows(const Scoring& s, const Tokens& tokens, int64_t t, const float* c,
       }
   }
   for (int k = 0; k < kMaxD; ++k) total(k, 0) = low[k], total(k, 1) = high[k];
-  const vdouble max_low = widen_low(max_d), max_high = widen_high(max_d);
-  vdouble_u &best_low = total(kMaxD, 0), &best_high = total(kMaxD, 1);
+  const vdouble_half max_low = widen_low(max_d), max_high = widen_high(max_d);
+  vdouble_half_u &best_low = total(kMaxD, 0), &best_high = total(kMaxD, 1);
   best_low = max_low > best_low ? max_low : best_low;
   best_high = max_high > best_high ? max_high : best_high;
 }

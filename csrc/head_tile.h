@@ -4,7 +4,7 @@
 //
 // An operand is K values of K. A vector tile broadcasts A's operands one by one; AMX takes 16 rows of 16 pairs at once.
 #pragma once
-#include "head_vector.h"
+#include "vector.h"
 
 #if defined(__AMX_BF16__) || defined(FP_AMX_INTRINSICS)
 #define FP_AMX
