@@ -28,7 +28,7 @@ from fastpref.benchmarks._losses import LOSSES
 from fastpref.benchmarks._measure import Row
 from fastpref.benchmarks._settings import Settings
 
-SUITES = ("head", "selective", "accuracy", "memory", "scaling", "ablation")
+SUITES = ("head", "selective", "gae", "accuracy", "memory", "scaling", "ablation")
 DEFAULT = ("head", "selective", "accuracy")
 
 

@@ -15,6 +15,8 @@ from fastpref.benchmarks import (
     ablation,
     accuracy,
     check,
+    gae,
+    gae_gpu,
     head,
     memory,
     memory_cpu,
@@ -233,3 +235,27 @@ def test_accuracy():
             assert max(row["d_hidden_error"], row["d_weight_error"]) <= CONTRACT[row["dtype"]]
         elif row["dtype"] == "bfloat16":
             assert row["rms"] > 1e-3  # logits rounded to bf16: the measure sees it
+
+
+def test_gae_against_the_loops_of_others(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchrl", None)  # as if it were not installed
+    gae.main(["--shapes", "8x40", "--rounds", "2", "--json", str(tmp_path / "rows.jsonl")])
+    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(found) == len(gae.MASKS) * len(gae.CONTENDERS)
+    reasons = {(row["contender"], row["mask"]): row["reason"] for row in found if "reason" in row}
+    assert set(reasons) == {("OpenRLHF", "random"), *(("torchrl", name) for name in gae.MASKS)}
+    for row in found:
+        if "reason" not in row:
+            assert row["error"] <= 1e-6 and row["us"] > 0 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+
+
+def test_a_wrong_gae_is_not_timed(monkeypatch):
+    monkeypatch.setitem(gae.CONTENDERS, "verl", lambda *given: [1.001 * x for x in gae._verl(*given)])
+    (row,) = (r for r in gae.tabulate([(4, 20)], ["none"], "cpu", 1, None) if r["contender"] == "verl")
+    assert row["reason"].startswith("wrong: error") and "us" not in row
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_gae_gpu_says_that_there_is_no_device(capsys):
+    assert gae_gpu.main([]) == 1
+    assert "gae_gpu: fastpref._cuda is not usable here" in capsys.readouterr().err

@@ -1,15 +1,19 @@
 """What csrc/*.cu must pass without a GPU: sanitizers over the emulator, and each of them seen to catch a fault."""
 
 import ast
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastpref import kernels
+from fastpref.trainer import doctor
 from tests._cuda_emu import CSRC, KERNELS, ROOT, Programs, run, run_cases
 
 OPS = [name.removesuffix(".cu") for name in KERNELS]
@@ -126,3 +130,21 @@ def test_a_launch_without_a_device_says_so(op):
     }
     with pytest.raises(RuntimeError, match=rf"^{op}: CUDA says: .*(driver|device)"):
         getattr(_cuda, op)(*sizes[op], 0, 0)
+
+
+def test_doctor_says_what_stands_in_on_a_gpu_without_the_extension(monkeypatch):
+    monkeypatch.setattr(kernels, "why_not", lambda backend: "not built: no nvcc" if backend == "cuda" else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lines = doctor.findings().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.split()[:1] == ["cuda"])
+    assert "not built" in lines[at] and "torch runs GAE and the rows of DPO and PPO" in lines[at + 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_run_gpu_says_that_there_is_no_device():
+    script = ROOT / "benchmarks" / "run_gpu.sh"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = run("bash", script, "all", env=environment)
+    assert result.returncode == 2 and "no device here" in result.stdout
+    result = run("bash", script, "measure", env=environment)
+    assert result.returncode == 2 and "stages are build test tune bench and all; got measure" in result.stdout

@@ -12,11 +12,10 @@ from fastpref.heads import _rows
 from fastpref.kernels.cuda import _launch
 from fastpref.kernels.reference import gae as reference
 from fastpref.losses.dpo import bind
-from fastpref.losses.objective import objective, place
-from fastpref.losses.pairs import Pairs
 from tests._cuda_emu import build_module
-from tests._gae import assert_no_worse, check, check_moments, inputs, run
-from tests._oracle import head, upstream
+from tests._gae import check, check_moments, inputs, run
+from tests._oracle import head
+from tests._rows import PAIR_LOSSES, PAIR_SIZES, SIZES, TOKEN_LOSSES, batch, check_pairs, check_tokens, pairs, tokens
 
 MODULES = [f"fastpref.kernels.cuda.{name}" for name in ("gae", "dpo_row", "ppo_row")]
 
@@ -61,7 +60,7 @@ def gae(*args):
     return kernels.choose("gae", "cuda", "cuda").gae(*args)
 
 
-# a lane's steps; a warp with one lane too few; warps; one past them, in fours and not; two stretches; 1,024 threads
+# a lane's steps; a warp's, one past them; warps; two stretches, in fours and not; 1,024 threads
 GAE_SHAPES = [(1, 1), (3, 7), (2, 128), (3, 129), (2, 512), (2, 1030), (1, 2052), (1, 8197)]
 
 
@@ -116,39 +115,10 @@ def test_gae_error_does_not_grow_with_the_length(emulated):
 # ---- pairs
 
 
-def pairs(n, spread, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sums = [-30 + spread * torch.randn(n, generator=generator) for _ in range(4)]
-    lengths = [torch.randint(0, 40, (n,), generator=generator) for _ in range(2)]
-    leaves = [x.to(dtype).requires_grad_() for x in sums[:2]]
-    return Pairs(*leaves, *(x.to(dtype) for x in sums[2:]), *lengths), leaves
-
-
-PAIR_LOSSES = [("sigmoid", {}), ("sigmoid", {"label_smoothing": 0.2}), ("robust", {"label_smoothing": 0.1})]
-PAIR_LOSSES += [("robust", {}), ("hinge", {}), ("ipo", {})]
-
-
 @pytest.mark.parametrize(("loss_type", "options"), PAIR_LOSSES)
-@pytest.mark.parametrize(("n", "spread"), [(1, 2.0), (7, 2.0), (300, 100.0)])
+@pytest.mark.parametrize(("n", "spread"), PAIR_SIZES)
 def test_dpo_row_is_the_function(emulated, loss_type, options, n, spread):
-    loss = bind("test", [loss_type], [0.7], 0.3, "reverse_kl", None, None, False, options)
-    given = upstream(n)
-
-    def functions(dtype):
-        some, leaves = pairs(n, spread, dtype)
-        losses = loss(some)
-        return [losses.detach(), *loss.rewards(some), *torch.autograd.grad(losses, leaves, given.to(dtype))]
-
-    some, leaves = pairs(n, spread)
-    rows = _rows.pair_rows(loss, some)
-    slopes = torch.autograd.grad(rows.losses, leaves, given)
-    got = [rows.losses.detach(), rows.chosen_rewards, rows.rejected_rewards, *slopes]
-    for ours, eager, truth in zip(got, functions(torch.float32), functions(torch.float64), strict=True):
-        assert_no_worse(ours, eager, truth)
-    chosen, rejected = (x.double() for x in loss.rewards(some))
-    wanted = (chosen, rejected, (chosen > rejected).double(), chosen - rejected, *(x.detach().double() for x in leaves))
-    for (name, metric), values in zip(rows.metrics.items(), wanted, strict=True):
-        torch.testing.assert_close(metric.double(), values.mean(), rtol=1e-6, atol=1e-6, msg=name)
+    check_pairs(loss_type, options, n, spread)
     assert emulated["dpo_row"] == 1
 
 
@@ -215,105 +185,11 @@ def test_a_refused_option_is_refused_as_ever(emulated):
 
 # ---- tokens
 
-TOKEN_LOSSES = {
-    "ppo": {},
-    "ppo, on-policy": {"old_logps": None},
-    "dual clip, k1": {"delta": 1.5, "kl_coef": 0.2, "kl_estimator": "k1"},
-    "clip higher, k2, entropy": {"epsilon_high": 0.4, "kl_coef": 0.2, "kl_estimator": "k2", "entropy_coef": 0.03},
-    "grpo, k3, weights": {"loss_type": "grpo", "kl_coef": 0.2, "token_weights": True, "loss_weights": [0.6]},
-    "dr_grpo, entropy": {"loss_type": "dr_grpo", "reduction": "constant", "max_length": 9, "entropy_coef": -0.1},
-    "dapo, sum": {"loss_type": "dapo", "reduction": "sum"},
-    "bnpo, reference for the metric alone": {"loss_type": "bnpo", "kl_coef": 0.0},
-}
-
-
-def batch(lengths, spread=0.4, seed=0):
-    """Packed: log-probs, old and reference's, advantages, weights, entropy, mask, cu_seqlens; NaN where masked."""
-    generator = torch.Generator().manual_seed(seed)
-    n = sum(lengths)
-
-    def rand():
-        return torch.randn(n, generator=generator)
-
-    logps, mask = -1 + spread * rand(), torch.rand(n, generator=generator) > 0.3
-    made = {
-        "logps": logps,
-        "old_logps": logps + spread * rand(),
-        "advantages": rand(),
-        "ref_logps": logps + spread * rand(),
-        "token_weights": torch.rand(n, generator=generator) * 2,
-        "entropy": rand().abs(),
-    }
-    for x in made.values():
-        x[~mask] = float("nan")
-    return {**made, "mask": mask, "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int()}
-
-
-def tokens(b, options, dtype):
-    """(objective, logps, entropy) as linear_policy_loss has them."""
-    chosen = {"loss_type": "ppo", "loss_weights": None, "reduction": None, "max_length": None, "kl_coef": 0.0}
-    chosen |= {"kl_estimator": "k3", "entropy_coef": 0.0, "old_logps": b["old_logps"], "token_weights": None, **options}
-    own = {k: chosen.pop(k) for k in ("epsilon", "epsilon_high", "delta") if k in chosen}
-    if chosen["token_weights"]:
-        chosen["token_weights"] = b["token_weights"]
-    loss_type = [chosen.pop("loss_type")]
-    goal = objective(
-        "test",
-        b["mask"],
-        place("test", "logps", b["logps"], b["cu_seqlens"]),
-        dtype,
-        advantages=b["advantages"],
-        ref_logps=b["ref_logps"],
-        loss_type=loss_type,
-        importance_sampling_level="token",
-        use_bias_correction_kl=False,
-        num_items=None,
-        options=own,
-        **chosen,
-    )
-    return goal, b["logps"].to(dtype).requires_grad_(), b["entropy"].to(dtype).requires_grad_()
-
-
-SIZES = {  # lengths of the sequences, and the spread of the log-ratios
-    "short ones, an empty one": ([7, 0, 30, 1], 0.4),
-    "longer than a block's share": ([2300], 0.4),
-    "ratios beyond 20 nats": ([40, 9], 30.0),
-}
-
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", TOKEN_LOSSES)
 def test_ppo_row_is_the_function(emulated, options, size):
-    b, options = batch(*SIZES[size]), TOKEN_LOSSES[options]
-    given = upstream(b["mask"].numel())
-
-    def slopes(losses, leaves):
-        return [
-            torch.zeros(()) if x is None else x
-            for x in torch.autograd.grad(losses, leaves, given.to(losses), allow_unused=True)
-        ]
-
-    def functions(dtype):
-        goal, *leaves = tokens(b, options, dtype)
-        losses = goal.losses(*leaves)
-        return [losses.detach(), *slopes(losses, leaves)], goal.metrics(*leaves)
-
-    goal, *leaves = tokens(b, options, torch.float32)
-    rows = _rows.token_rows(goal, *leaves, b["cu_seqlens"].long())
-    got, (eager, measured), (truth, metrics) = (
-        [rows.losses.detach(), *slopes(rows.losses, leaves)],
-        functions(torch.float32),
-        functions(torch.float64),
-    )
-    for ours, e, t in zip(got, eager, truth, strict=True):
-        assert_no_worse(ours, e, t)
-        assert ours.shape == t.shape and not (ours.dim() and ours[~b["mask"]].any())
-    assert list(rows.metrics) == list(metrics)
-    for name in metrics:
-        assert_no_worse(rows.metrics[name], measured[name], metrics[name], factor=4.0)
-    # without metrics the same
-    alone = _rows.token_rows(goal, *leaves)
-    assert torch.equal(alone.losses, rows.losses) and alone.metrics == {}
+    check_tokens(options, size)
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0], [5]])

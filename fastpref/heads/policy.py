@@ -127,14 +127,14 @@ def linear_policy_loss(
         token = torch.arange(n, device=flat.targets.device)
         group, n_groups = (token, n) if goal.couples == "token" else (where.sequence, where.n_sequences)
         loss, found = sweep(FN, flat, group, n_groups, partial(_loss_of, goal))
-        rows = token_rows(goal, found["logps"].detach(), found["entropy"].detach(), _bounds(where, cu_seqlens))
+        fused = token_rows(goal, found["logps"].detach(), found["entropy"].detach(), _bounds(where, cu_seqlens))
     else:
         found = token_outputs(FN, flat, entropy=entropy_coef != 0)
-        rows = token_rows(goal, found["logps"], found["entropy"], _bounds(where, cu_seqlens))
-        losses = goal.losses(found["logps"], found["entropy"]) if rows is None else rows.losses
+        fused = token_rows(goal, found["logps"], found["entropy"], _bounds(where, cu_seqlens))
+        losses = goal.losses(found["logps"], found["entropy"]) if fused is None else fused.losses
         loss = losses.reshape(targets.shape) if goal.reduction == "none" else losses.sum()
     logps, entropy = found["logps"], found["entropy"]
-    metrics = goal.metrics(logps, entropy) if rows is None else rows.metrics
+    metrics = goal.metrics(logps, entropy) if fused is None else fused.metrics
     return PolicyOutput(loss, logps.reshape(targets.shape), entropy.reshape(targets.shape), metrics)
 
 

@@ -142,16 +142,16 @@ def linear_preference_loss(
     if n_pairs and reduction != "none" and in_parts(flat, loss_of_pairs.terms.couples, max_extra_bytes):
         loss, found = sweep(FN, flat, sequence % n_pairs, n_pairs, job.loss_of)
         pairs = job.pairs(found["logps"], found)
-        rows = pair_rows(loss_of_pairs, pairs)
+        fused = pair_rows(loss_of_pairs, pairs)
     else:
         found = token_outputs(FN, flat)
         pairs = job.pairs(found["logps"], found)
-        rows = pair_rows(loss_of_pairs, pairs)
-        losses = loss_of_pairs(pairs) if rows is None else rows.losses
+        fused = pair_rows(loss_of_pairs, pairs)
+        losses = loss_of_pairs(pairs) if fused is None else fused.losses
         loss = losses if reduction == "none" else losses.sum()
     logps = pairs.chosen_logps, pairs.rejected_logps
-    if rows is not None:
-        rewards, metrics = (rows.chosen_rewards, rows.rejected_rewards), rows.metrics
+    if fused is not None:
+        rewards, metrics = (fused.chosen_rewards, fused.rejected_rewards), fused.metrics
     else:
         rewards = loss_of_pairs.rewards(pairs)
         metrics = _pair_metrics(pairs, *rewards)

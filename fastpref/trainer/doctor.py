@@ -51,6 +51,8 @@ def findings() -> str:
         lines.append("GPU           none that torch sees")
     lines += ["", "backends"]
     lines += [f"  {name:<12}{state}" for name, state in kernels.status().items()]
+    if kernels.why_not("cuda") is not None and torch.cuda.is_available():
+        lines.append(f"  {'':<12}in its place torch runs GAE and the rows of DPO and PPO, in more launches")
     return "\n".join(lines)
 
 
