@@ -84,4 +84,6 @@ def test_refuses(tiny, tmp_path):
         options(tiny, tmp_path / "x", dataset_name=None)
     with pytest.raises(ValueError, match=r"^Rewards: tests._online:nothing must name a function"):
         make(options(tiny, tmp_path / "x", reward_funcs=["tests._online:nothing"]))
+    with pytest.raises(ValueError, match=r"^pairs: no prompt has completions whose scores differ by more than 1$"):
+        make(options(tiny, tmp_path / "x", min_margin=1.0))
     assert not (tmp_path / "x").exists()

@@ -118,6 +118,8 @@ def make(options: PairsOptions) -> Made:
             rows.append((i, pair_of(tokenizer, prompts[i], group, own, o.min_margin), own.tolist()))
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     pairs = [pair for _, pair, _ in rows if pair is not None]
+    if not pairs:
+        raise ValueError(f"pairs: no prompt has completions whose scores differ by more than {o.min_margin:g}")
     if state.is_main_process:
         write(Path(o.output_file), pairs)
     state.wait_for_everyone()
