@@ -1,7 +1,7 @@
 """README's table of measurements, from the committed rows: python -m fastpref.benchmarks.readme [README.md].
 
-It stands between two comments in README.md and is never typed. Rows are read from results/bench_*.jsonl, which
-`fastpref bench --json` appends to; of two rows for the same thing the later one counts.
+It stands between two comments in README.md and is never typed. Rows are those of `fastpref bench --json` in results/;
+of two rows for the same thing the later one counts.
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastpref.benchmarks._inputs import Shape
 from fastpref.benchmarks._measure import Row
 
 RESULTS = Path(__file__).with_name("results")
@@ -24,41 +25,44 @@ NAMES = {
     "liger-ce": "Liger, CE",
     "trl": "TRL's kernel",
     "torch-lce": "torch linear_cross_entropy",
-    "torch-lce-chunked": "the same, chunked",
+    "torch-lce-chunked": "torch's, chunked",
     "cce": "Cut Cross-Entropy",
-    "cce-exact": "the same, exact",
+    "cce-exact": "Cut Cross-Entropy, exact",
     "quack": "QuACK",
     "verl-torch": "verl, torch",
     "verl-triton": "verl, Triton",
 }
-HEADINGS = (
-    "",
-    "DPO step, s",
-    "x bound",
-    "tokens/s",
-    "MiB",
-    "gradient error",
-    "frozen head",
-    "PPO",
-    "SFT",
-    "longest pair",
-)
+OTHERS = {  # heading: (loss, head), what the words say
+    "frozen head": (("dpo", "frozen"), "DPO with a frozen head"),
+    "PPO": (("ppo", "trained"), "PPO"),
+    "SFT": (("sft", "trained"), "SFT"),
+}
+LONGEST = "longest pair"
+AGAIN = "Again on your machine: `fastpref bench --quick`, or `fastpref bench head memory` for these figures."
 
 
 def committed() -> list[Row]:
-    """All rows, in the order of their files' names."""
-    return [
-        json.loads(line) for file in sorted(RESULTS.glob("bench_*.jsonl")) for line in file.read_text().splitlines()
-    ]
+    """All rows of the suites shown, in the order of their files' names; those of an earlier script first."""
+    files = sorted(RESULTS.rglob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    rows.sort(key=lambda row: row["benchmark"] != "head_cpu")
+    return [complete(row) for row in rows if row["benchmark"] in ("head", "head_cpu", "memory")]
+
+
+def complete(row: Row) -> Row:
+    """A row of head_cpu, the script that suite head grew out of, as one of head."""
+    if row["benchmark"] != "head_cpu":
+        return row
+    flops = 2 * row["tokens"] * row["H"] * row["V"] * row["bare_products"]
+    speed = {"tokens_per_s": row["tokens"] / row["seconds"]} if "seconds" in row else {}
+    return {**row, **speed, "model": Shape(row["H"], row["V"]).model, "bare_flops": flops}
 
 
 def section(rows: Sequence[Row]) -> str:
     """What stands between the two comments."""
     of_cpu, of_gpu = ([row for row in rows if ("gpu" in row) == gpu] for gpu in (False, True))
     parts = [part for some in (of_cpu, of_gpu) if (part := table(some))]
-    if not any(row["benchmark"] == "head" for row in of_gpu):
-        parts.append("On a GPU: not measured.")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts if of_gpu else [*parts, "On a GPU: not measured."])
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -68,23 +72,32 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.get("model") != MODEL or row.get("dtype") != DTYPE or row.get("inputs") == "real":
             continue
-        if row["benchmark"] == "head":
-            steps[row["loss"], row["head"], row["contender"]] = row
-        elif row["benchmark"] == "memory":
+        if row["benchmark"] == "memory":
             longest[row["contender"]] = row
+        else:
+            steps[row["loss"], row["head"], row["contender"]] = row
     measured = [steps["dpo", "trained", name] for name in NAMES if "seconds" in steps.get(("dpo", "trained", name), {})]
     if not measured:
         return ""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    lines = []
     for row in sorted(measured, key=lambda row: row["ratio"]):
-        name = row["contender"]
-        others = [steps.get((*what, name), {}) for what in (("dpo", "frozen"), ("ppo", "trained"), ("sft", "trained"))]
-        cells = [NAMES[name], f"{row['seconds']:.3f}", f"{row['ratio']:.2f}", f"{row['tokens_per_s']:,.0f}"]
-        cells += [f"{row['extra_MiB']:,.0f}", f"{row['d_weight_error']:.1e}"]
-        cells += [f"{other['ratio']:.2f}" if "ratio" in other else "" for other in others]
-        cells.append(length(longest.get(name, {})))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *words(measured, [row for row in steps.values() if "reason" in row])])
+        others = {heading: steps.get((*what, row["contender"]), {}) for heading, (what, _) in OTHERS.items()}
+        lines.append(
+            {
+                "": NAMES[row["contender"]],
+                "DPO step, s": f"{row['seconds']:.3f}",
+                "x bound": f"{row['ratio']:.2f}",
+                "tokens/s": f"{row['tokens_per_s']:,.0f}",
+                "MiB": f"{row['extra_MiB']:,.0f}",
+                "gradient error": f"{row['d_weight_error']:.1e}",
+                **{heading: f"{other['ratio']:.2f}" if "ratio" in other else "" for heading, other in others.items()},
+                LONGEST: length(longest.get(row["contender"], {})),
+            }
+        )
+    shown = [heading for heading in lines[0] if any(line[heading] for line in lines)]
+    cells = [shown, ["---"] * len(shown), *([line[heading] for heading in shown] for line in lines)]
+    drawn = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([*drawn, "", *words(measured, [row for row in steps.values() if "reason" in row], shown)])
 
 
 def length(row: Row) -> str:
@@ -94,7 +107,7 @@ def length(row: Row) -> str:
     return f"{row['length']:,}" if "length" in row else "none" if "reason" in row else ""
 
 
-def words(measured: Sequence[Row], absent: Sequence[Row]) -> list[str]:
+def words(measured: Sequence[Row], absent: Sequence[Row], shown: Sequence[str]) -> list[str]:
     """What the columns are, who is missing, where it was measured."""
     row = measured[0]
     about = (
@@ -102,18 +115,22 @@ def words(measured: Sequence[Row], absent: Sequence[Row]) -> list[str]:
         "after as many prompt tokens, logits as peaked as a model's: forward and backward of the policy, forward of "
         f"the reference. Bound: the {row['bare_products']} matrix products alone, {row['bare_flops']:.2g} FLOP, "
         f"{row['bare_s']:.3f} s, timed before every step. MiB: beyond the inputs, returned gradients among them. "
-        "The error is that of the head's gradient, against float64. The next three columns are steps over their own "
-        "bounds: DPO with a frozen head, PPO, SFT. Longest pair: tokens a sequence, of two whose step fits 1 GiB."
+        "The error is that of the head's gradient, against float64."
     )
+    if others := [what for heading, (_, what) in OTHERS.items() if heading in shown]:
+        about += f" Then steps of other losses over their own bounds: {', '.join(others)}."
+    if LONGEST in shown:
+        about += " Longest pair: tokens of a sequence, of two whose step fits 1 GiB."
     reasons = dict.fromkeys(f"{NAMES.get(row['contender'], row['contender'])} ({row['reason']})" for row in absent)
     missing = ["Absent here: " + "; ".join(reasons).replace("not measured: ", "") + "."] if reasons else []
-    versions = ", ".join(
-        f"{name} {row[name]}" for name in ("torch", "trl", "liger-kernel", "cut-cross-entropy", "verl")
-    )
+    packages = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "verl")
+    versions = ", ".join(f"{name} {row[name]}" for name in packages if row.get(name))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in measured))
-    where = f"{row.get('gpu', row['device'])}, {row['threads']} threads; {versions}; commit {commits}. "
-    where += "Again on your machine: `fastpref bench --quick`, or `fastpref bench head memory` for these figures."
-    return [about, *missing, where]
+    return [
+        about,
+        *missing,
+        f"{row.get('gpu', row['device'])}, {row['threads']} threads; {versions}; {commits}. {AGAIN}",
+    ]
 
 
 def replaced(readme: str) -> str:
