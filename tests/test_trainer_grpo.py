@@ -111,6 +111,18 @@ def test_several_rewards_with_weights(tiny, tmp_path):
     assert line["reward"] < 2 * line["rewards/repeats/mean"]
 
 
+def test_held_out_prompts_show_what_training_changed(tiny, tmp_path, capsys):
+    given = {"per_device_train_batch_size": 128, "max_steps": 20, "reward_funcs": [AGREES], "beta": 0.01}
+    outcome = train(options(tiny, tmp_path, **given, test_split_size=16))
+    assert outcome.before["eval_kl"] == pytest.approx(0, abs=1e-5)
+    assert outcome.after["eval_reward"] > outcome.before["eval_reward"] + 0.1
+    assert outcome.after["eval_kl"] > 0.1
+    said = capsys.readouterr().out
+    assert "held out (16 prompts)     before     after" in said and "[reward " in said
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[0]["step"] == 0 and lines[0]["eval_reward"] == outcome.before["eval_reward"]
+
+
 def test_two_processes_make_the_run_of_one(tiny, tmp_path):
     given = {"max_steps": 3, "num_iterations": 2, "steps_per_generation": 4, "beta": 0.05, "logging_steps": 1}
     train(options(tiny, tmp_path / "one", **given, per_device_train_batch_size=16, gradient_accumulation_steps=2))

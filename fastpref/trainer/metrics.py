@@ -136,7 +136,7 @@ HEADLINE = {
 
 def shown(line: Mapping[str, Any], steps: int) -> str:
     """`step  10/60  training  loss 0.6911  margin 0.0042  accuracy 0.525 ...`, for the terminal."""
-    kind = "eval_" if "eval_loss" in line else ""
+    kind = "" if "grad_norm" in line else "eval_"
     paired = f"{kind}rewards/accuracies" in line  # whose token accuracy is a side issue
     figures = []
     for metric, (label, form) in HEADLINE.items():

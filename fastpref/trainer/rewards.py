@@ -24,6 +24,7 @@ from fastpref.trainer.collate import collate
 from fastpref.trainer.prompts import Prompt
 from fastpref.trainer.rollout import Sample, batches
 
+OURS = ("prompts", "completion", "completions", "completion_ids")  # columns of these names a function does not get
 Source = Callable[[Sequence[Prompt], Sequence[Sample]], list[float]]
 
 
@@ -104,7 +105,7 @@ def _of_function(
     samples: Sequence[Sample],
 ) -> list[float]:
     completions = [completion_of(tokenizer, prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
-    columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns}
+    columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns if name not in OURS}
     found = function(
         prompts=[prompt.prompt for prompt in prompts],
         completions=completions,
