@@ -45,7 +45,7 @@ def tiny(tmp_path_factory):
 def options(tiny, output_dir, **given):
     """12 steps of 4 pairs, fast enough to watch the loss fall."""
     small = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "test_split_size": 16}
-    small |= {"logging_steps": 3, "gradient_checkpointing": False}
+    small |= {"logging_steps": 3, "gradient_checkpointing": False, "cache_ref_log_probs": False}
     sources = {"model_name_or_path": str(tiny / "model"), "dataset_name": str(tiny / "pairs.jsonl")}
     return DPOOptions(**{**small, **sources, "output_dir": str(output_dir), **given})
 

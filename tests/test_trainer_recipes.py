@@ -40,6 +40,7 @@ def options(recipe, tiny, output_dir, **given):
     """12 steps of 4, fast enough to watch the loss fall."""
     small = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "test_split_size": 16}
     small |= {"logging_steps": 3, "gradient_checkpointing": False}
+    small |= {"cache_ref_log_probs": False} if recipe == "kto" else {}
     sources = {"model_name_or_path": str(tiny / "model"), "dataset_name": str(tiny / f"{RECIPES[recipe][2]}.jsonl")}
     return RECIPES[recipe][1](**{**small, **sources, "output_dir": str(output_dir), **given})
 

@@ -35,6 +35,7 @@ from fastpref.trainer.encode import scored
 from fastpref.trainer.forward import placed, rows_of, tallied, through_head
 from fastpref.trainer.metrics import Tally, means
 from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.reference import LogpsCache, open_cache, remembered
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
 from fastpref.trainer.start import load_items
 
@@ -48,11 +49,17 @@ class DPOOptions(TrainOptions):
 
     output_dir: str = option("runs/dpo", "where model, metrics, plot and checkpoints go")
     learning_rate: float = option(1e-6, "the optimizer's learning rate at its peak")
+    padding_free: bool = option(
+        True, "read batches without padding, a prompt once for all its completions, where the model can"
+    )
 
     beta: float = option(0.1, "how strongly the reference holds the policy; higher: closer to it")
     loss_type: str | list[str] | Callable[..., Tensor] = option("sigmoid", "a preference loss, or several to be summed")
     loss_weights: list[float] | None = option(None, "weights of several losses; none: 1 each")
     reference_free: bool = option(False, "compare with a uniform reference, not with the model before training")
+    cache_ref_log_probs: bool | str = option(
+        True, "keep the reference's log-probabilities for later runs: in the user's cache, or in this folder"
+    )
     f_divergence_type: str = option(
         "reverse_kl", "the pull to the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence"
     )
@@ -147,12 +154,13 @@ def references(run: Run) -> State:
         return {"reference": None, "held_out_reference": None}
     visited = {i for _, indices in steps_to_do(run, {"step": 0}) for i in indices}
     run.say(f"reference scores {len(visited) + len(run.held_out)} pairs, once")
-    held_out = reference_logps(run, run.held_out, range(len(run.held_out)))
-    return {"reference": reference_logps(run, run.items, visited), "held_out_reference": held_out}
+    cache = open_cache(run) if run.options.ld_alpha is None else None  # which keeps sums
+    held_out = reference_logps(run, cache, run.held_out, range(len(run.held_out)))
+    return {"reference": reference_logps(run, cache, run.items, visited), "held_out_reference": held_out}
 
 
 @torch.no_grad()
-def reference_logps(run: Run, pairs: list[Pair], indices: Iterable[int]) -> Tensor:
+def reference_logps(run: Run, cache: LogpsCache | None, pairs: list[Pair], indices: Iterable[int]) -> Tensor:
     """(pairs, 2) summed log-probabilities of chosen and rejected under the model as it is, NaN at other pairs.
 
     With ld_alpha (pairs, 2, longest completion), of each token, 0 past the end.
@@ -171,8 +179,11 @@ def reference_logps(run: Run, pairs: list[Pair], indices: Iterable[int]) -> Tens
         rows = rows if per_token else rows.double().sum(-1)
         return rows.unflatten(0, (2, len(batch))).transpose(0, 1)
 
+    def score(missing: list[int]) -> Tensor:
+        return of_all(run.accelerator, pairs, missing, run.options.per_device_eval_batch_size, logps, "reference")[0]
+
     run.model.eval()
-    return of_all(run.accelerator, pairs, indices, run.options.per_device_eval_batch_size, logps, "reference")[0]
+    return remembered(run, cache, [sequences_of([pair]) for pair in pairs], indices, score)
 
 
 def loss_of_batch(

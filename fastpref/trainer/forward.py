@@ -9,6 +9,7 @@ from torch import Tensor
 from fastpref.integrations.transformers import HeadOutput
 from fastpref.trainer.collate import IGNORE_INDEX, PromptAndCompletion, collate
 from fastpref.trainer.metrics import Tally
+from fastpref.trainer.packing import pack, packs, through_rows
 from fastpref.trainer.run import Run
 from fastpref.trainer.start import padding_id
 
@@ -18,12 +19,21 @@ def through_head(
 ) -> tuple[Any, Tensor | None]:
     """(what `head` returned, the router loss of a mixture of experts whose config asks for it, else None).
 
-    head: called as head(hidden, weight, targets, **options): what the `linear_*` functions take.
+    head: called as head(hidden, weight, targets, **options): what the `linear_*` functions take. The targets that are
+        not -100 are those of the sequences in their order; a model that packs has no others.
     """
-    batch = collate(sequences, padding_id(run.tokenizer))
-    inputs = {name: tensor.to(run.accelerator.device) for name, tensor in batch.items()}
+    if packs(run.bare_model):
+        batch = pack(sequences).to(run.accelerator.device)
+        return _with_aux_loss(through_rows(model, batch, head, **run.options.head_options))
+    padded = collate(sequences, padding_id(run.tokenizer))
+    inputs = {name: tensor.to(run.accelerator.device) for name, tensor in padded.items()}
     given = {"targets": inputs.pop("targets"), **run.options.head_options}
-    found = model(**inputs, head=lambda hidden, weight, **options: head(hidden, weight, **given, **options))
+    return _with_aux_loss(
+        model(**inputs, head=lambda hidden, weight, **options: head(hidden, weight, **given, **options))
+    )
+
+
+def _with_aux_loss(found: Any) -> tuple[Any, Tensor | None]:
     return (found.result, found.aux_loss) if isinstance(found, HeadOutput) else (found, None)
 
 

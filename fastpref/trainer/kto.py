@@ -13,7 +13,7 @@ nothing (TRL takes one for each batch). p_ref is the model before training, whos
 Option names and defaults are those of TRL's KTOConfig; the order of the data is drawn anew each epoch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -32,6 +32,7 @@ from fastpref.trainer.examples import Example, labelled_columns, tokenize_labell
 from fastpref.trainer.forward import rows_of, tallied, through_head
 from fastpref.trainer.metrics import Tally, means
 from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.reference import LogpsCache, open_cache, remembered
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
 from fastpref.trainer.start import load_items
 
@@ -42,6 +43,12 @@ class KTOOptions(TrainOptions):
 
     output_dir: str = option("runs/kto", "where model, metrics, plot and checkpoints go")
     learning_rate: float = option(1e-6, "the optimizer's learning rate at its peak")
+    padding_free: bool = option(
+        True, "read batches without padding, a prompt once for all its completions, where the model can"
+    )
+    cache_ref_log_probs: bool | str = option(
+        True, "keep the reference's log-probabilities for later runs: in the user's cache, or in this folder"
+    )
 
     beta: float = option(0.1, "how strongly the reference holds the policy; higher: closer to it")
     loss_type: Literal["kto", "apo_zero_unpaired"] = option("kto", "kto, or apo_zero_unpaired, which needs no kl")
@@ -133,18 +140,26 @@ def references(run: Run) -> State:
     n_held_out, steps = len(run.held_out), list(steps_to_do(run, {"step": 0}))
     visited = {i for _, indices in steps for i in indices}
     run.say(f"reference scores {len(visited) + n_held_out} examples, once")
+    cache = open_cache(run)
     found = {
-        "reference": logps_of(run, run.items, sorted(visited)),
-        "held_out_reference": logps_of(run, run.held_out, range(n_held_out)),
+        "reference": reference_logps(run, cache, run.items, visited),
+        "held_out_reference": reference_logps(run, cache, run.held_out, range(n_held_out)),
     }
     if run.options.loss_type == "kto":
         if run.per_step < 2 or n_held_out == 1:
             raise ValueError("kto: kl needs at least 2 examples a step, and 2 held out or none; raise the batch size")
         others = [other for _, indices in steps for other in mismatched(run, run.items, indices)]
         held_out = mismatched(run, run.held_out, range(n_held_out))
-        found["mismatched_reference"] = logps_of(run, others, range(len(others)))
-        found["held_out_mismatched_reference"] = logps_of(run, held_out, range(n_held_out))
+        found["mismatched_reference"] = reference_logps(run, cache, others, range(len(others)))
+        found["held_out_mismatched_reference"] = reference_logps(run, cache, held_out, range(n_held_out))
     return found
+
+
+def reference_logps(run: Run, cache: LogpsCache | None, examples: list[Example], indices: Iterable[int]) -> Tensor:
+    """What `logps_of` returns, but for what the cache knows."""
+    sequences = [[(example.prompt_ids, example.completion_ids)] for example in examples]
+    found = remembered(run, cache, sequences, indices, lambda missing: logps_of(run, examples, missing)[:, None])
+    return found[:, 0]
 
 
 @torch.no_grad()

@@ -45,6 +45,10 @@ class TrainOptions:
     num_train_epochs: float = option(3.0, "passes over the training examples")
     max_steps: int = option(-1, "optimizer steps; above 0 this overrides num_train_epochs")
     learning_rate: float = option(5e-5, "the optimizer's learning rate at its peak")
+    optim: str = option(
+        "adamw_torch_fused", "transformers' name of an optimizer: adamw_torch, adafactor, adamw_8bit, ..."
+    )
+    optim_args: str | None = option(None, "options of the optimizer, where transformers reads them: name=value,...")
     lr_scheduler_type: str = option("cosine", "a schedule of transformers: cosine, linear, constant_with_warmup, ...")
     warmup_steps: float = option(0, "steps of linear warm-up; below 1, a fraction of all steps")
     weight_decay: float = option(0.0, "decay of weight matrices; biases and norms have none")
@@ -52,8 +56,9 @@ class TrainOptions:
     skip_nonfinite: bool = option(False, "leave out a step whose loss or gradient is not finite; else stop there")
     bf16: bool = option(False, "compute in bfloat16, keeping the weights' own type")
     fp16: bool = option(False, "compute in float16 with loss scaling, keeping the weights' own type")
-    gradient_checkpointing: bool = option(
-        True, "recompute activations in the backward pass: less memory, a third more time"
+    gradient_checkpointing: bool | Literal["selective"] = option(
+        True,
+        "recompute activations in the backward pass: less memory, a third more time; selective: only what is cheap",
     )
     workspace: int | None = option(None, "MiB for the head's buffers; none: 256 on CPU, 1/32 of a GPU's memory")
     max_extra_bytes: int | None = option(

@@ -234,6 +234,11 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
+def packs(model: Any) -> bool:
+    """Whether `enable_packing` was told None."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
+
+
 def enable_packing(model: Any) -> str | None:
     """None: the model now reads what `pack` makes. Else the reason why it cannot, and it is as it was.
 
@@ -242,10 +247,10 @@ def enable_packing(model: Any) -> str | None:
 
     model: a transformers causal LM, or a PeftModel around one, not yet wrapped by DDP or FSDP2, its parameters whole.
     """
+    if packs(model):
+        return None
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = causal_lm.config._attn_implementation
-    if before == NAME:
-        return None
     if before not in ("sdpa", "eager"):
         return f"its attention is {before}, and packing is by SDPA"
     if any(p.is_meta or type(p).__name__ == "DTensor" for p in causal_lm.parameters()):

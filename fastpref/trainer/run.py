@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
@@ -29,8 +28,9 @@ from fastpref.trainer.batches import items_of_step
 from fastpref.trainer.checkpoint import last_whole, load_state, save_state, write_whole
 from fastpref.trainer.demo import demo_model
 from fastpref.trainer.metrics import MetricsLog, Sums, Tally, means, merged, read_metrics
+from fastpref.trainer.optimizers import make_optimizer
 from fastpref.trainer.options import MAY_CHANGE, TrainOptions
-from fastpref.trainer.start import causal_lm, decay_groups, start, where_to_start
+from fastpref.trainer.start import causal_lm, start, where_to_start
 
 State = dict[str, Any]
 Metrics = dict[str, float | None]
@@ -140,7 +140,9 @@ def open_run(
             f"{o.recipe}: {len(items)} training {unit} do not fill one optimizer step of {per_step} {unit}"
         )
     model = build(o, name, resumed)
-    optimizer = torch.optim.AdamW(decay_groups(model, o.weight_decay), lr=o.learning_rate, fused=True)
+    optimizer = make_optimizer(
+        model, o.optim, learning_rate=o.learning_rate, weight_decay=o.weight_decay, optim_args=o.optim_args
+    )
     model = accelerator.prepare_model(model, evaluation_mode=not ddp)  # which is what leaves out DDP
     optimizer = accelerator.prepare(optimizer)
     total = updates * steps_of(o, len(items) // per_step)

@@ -41,6 +41,9 @@ class SFTOptions(TrainOptions):
 
     output_dir: str = option("runs/sft", "where model, metrics, plot and checkpoints go")
     learning_rate: float = option(2e-5, "the optimizer's learning rate at its peak")
+    padding_free: bool = option(
+        True, "read batches without padding, a prompt once for all its completions, where the model can"
+    )
 
     completion_only_loss: bool | None = option(
         None, "false: learn prompts too; true: rows must have a completion; none: completions where there are any"

@@ -1,7 +1,9 @@
 """Before the first step: processes and devices, where to start, the model, its optimizer groups, a held-out part."""
 
+import ctypes
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,17 +12,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import AutocastKwargs, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fastpref import fused_lm_head
 from fastpref.trainer import checkpoint
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.packing import enable_packing
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+aten = torch.ops.aten
+PRODUCTS = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+]
 Item = TypeVar("Item")
 Rows = Any  # of a file, or a hub dataset
 
@@ -38,7 +53,12 @@ def start(options: TrainOptions) -> Accelerator:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = "bf16" if o.bf16 else "fp16" if o.fp16 else launched
     tracker = None if o.report_to == "none" else o.report_to
-    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=o.output_dir)
+    keep_freed_memory()
+    # a weight's 16-bit copy is used once a pass: kept until the pass ends, they would be half as much as the weights
+    handlers = [AutocastKwargs(cache_enabled=False)]
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=tracker, project_dir=o.output_dir, kwargs_handlers=handlers
+    )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"start: this recipe runs in one process or under DDP; got {accelerator.distributed_type.value}"
@@ -46,6 +66,17 @@ def start(options: TrainOptions) -> Accelerator:
     accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may set it, and backward() would divide by it
     set_seed(o.seed)
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Freed CPU memory stays with the process, for the next layer and the next step.
+
+    By default glibc returns every large block to the system, and the next one is paid for by a page fault every 4 KB,
+    which on a virtual machine can cost more than the arithmetic. Does nothing without glibc.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        libc.mallopt(M_MMAP_MAX, 0)  # all blocks from the heap ...
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # ... which does not shrink
 
 
 def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | None:
@@ -81,8 +112,11 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
 
 
 def causal_lm(options: TrainOptions, name: str, resumed: Path | None) -> Any:
-    """The causal LM with a fused head, as `load_model` prepares it."""
-    return fused_lm_head(load_model(AutoModelForCausalLM, options, name, resumed, task="CAUSAL_LM"))
+    """The causal LM with a fused head, as `load_model` prepares it; padding_free: reading packed rows if it can."""
+    model = fused_lm_head(load_model(AutoModelForCausalLM, options, name, resumed, task="CAUSAL_LM"))
+    if getattr(options, "padding_free", False) and (reason := enable_packing(model)):
+        PartialState().print(f"padding   rows are padded, and prompts read once for each completion: {reason}")
+    return model
 
 
 def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None, *, task: str, **config: Any) -> Any:
@@ -103,7 +137,8 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
     if options.gradient_checkpointing:
         # two names of one method: the first is new in transformers 5, the second leaves in 6
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        selective = options.gradient_checkpointing == "selective"
+        enable({"use_reentrant": False, **({"context_fn": keep_products} if selective else {})})
     if options.use_peft and resumed:
         model = PeftModel.from_pretrained(model, resumed, is_trainable=True)
     elif options.use_peft:
@@ -121,6 +156,11 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The pad token, else EOS: what pads is never read."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def keep_products() -> Any:
+    """For torch.utils.checkpoint: matrix products and attention are kept, what is cheap is recomputed."""
+    return create_selective_checkpoint_contexts(PRODUCTS)
 
 
 def load_items(
@@ -154,14 +194,6 @@ def load_items(
     held_out, told = tokenize(test_rows)
     say(f"held out  {told}")
     return items, held_out
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters, matrices apart: biases and norms are not pulled to zero."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim > 1]
-    others = [parameter for parameter in trained if parameter.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def split_by_prompt(items: Sequence[Any], size: int, seed: int) -> tuple[list[Any], list[Any]]:
