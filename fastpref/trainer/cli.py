@@ -23,6 +23,7 @@ COMMANDS = {  # name: module, what it needs beyond fastpref's own requirements, 
     "ppo": ("fastpref.trainer.ppo", TRAIN, "tune a model on a reward (PPO): four roles on one set of base weights"),
     "grpo": ("fastpref.trainer.grpo", TRAIN, "the same without a critic: GRPO, RLOO and their relatives"),
     "pairs": ("fastpref.trainer.pairs", TRAIN, "make preferences: sample, score, keep the best and the worst"),
+    "eval": ("fastpref.trainer.eval", TRAIN, "a model beside its reference: loss, accuracy, win rate, KL, best of n"),
     "plan": ("fastpref.trainer.plan_table", (), "what the head of a model costs: passes, FLOPs, memory, beside peers"),
     "bench": (
         "fastpref.benchmarks.cli",

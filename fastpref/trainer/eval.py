@@ -1,0 +1,342 @@
+"""What tuning changed: a model beside its reference on held-out preferences, and on samples that a scorer judges.
+
+    loss, accuracy, margin   of the dataset's pairs, as in training: `loss_type`, beta
+    score, best of k         mean reward of a sample, and of the best of k samples of a prompt
+    win rate                 how often the model's sample scores above the reference's own, a tie counting half
+    KL                       mean of log p(y) - log p_ref(y) over the model's own samples y, nats a sequence
+
+    fastpref eval --model_name_or_path runs/dpo/model --ref_model_name_or_path MODEL --dataset pairs.jsonl \\
+        --reward_funcs my_module:my_reward
+
+Each figure stands beside its standard error over pairs or prompts. Option names are TRL's.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import transformers
+from accelerate import PartialState
+from peft import AutoPeftModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from fastpref import dpo_loss, fused_lm_head, linear_logps
+from fastpref.trainer.collate import IGNORE_INDEX, PromptAndCompletion, collate
+from fastpref.trainer.config import given_options, option
+from fastpref.trainer.data import Pair, pair_columns, sequences_of, tokenize_pairs
+from fastpref.trainer.data_files import load_rows
+from fastpref.trainer.encode import scored
+from fastpref.trainer.packing import enable_packing, pack, packs, through_rows
+from fastpref.trainer.prompts import Prompt, prompt_columns, tokenize_prompts
+from fastpref.trainer.rewards import Rewards
+from fastpref.trainer.rollout import Sample, Sampling, batches, drawn
+
+
+@dataclass(kw_only=True)
+class EvalOptions:
+    recipe: ClassVar[str] = "eval"
+
+    model_name_or_path: str | None = option(None, "the tuned model's or adapter's folder or hub name")
+    ref_model_name_or_path: str | None = option(
+        None, "the model to compare with; none: an adapter's base model, or for any other no comparison"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "the weights' type")
+    bf16: bool = option(False, "compute in bfloat16, keeping the weights' own type")
+    dataset_name: str | None = option(
+        None, "pairs or prompts: a .jsonl, .json or .parquet file, a folder, or a hub name", alias="dataset"
+    )
+    dataset_config: str | None = option(None, "the hub dataset's configuration")
+    dataset_test_split: str = option("train", "the split to evaluate on")
+    max_samples: int | None = option(None, "the first rows of it; none: all")
+    max_length: int | None = option(1024, "prompt + completion are cut to this many tokens; none: no limit")
+    beta: float = option(0.1, "of the loss and the rewards")
+    loss_type: str = option("sigmoid", "a preference loss")
+
+    reward_model_path: str | None = option(None, "a trained reward model, which scores samples")
+    reward_funcs: list[str] | None = option(None, "rewards: module:function, or reward models; their sum counts")
+    reward_weights: list[float] | None = option(None, "weights of several rewards; none: 1 each")
+    max_prompts: int = option(64, "prompts to complete; 0: none")
+    num_generations: int = option(4, "completions of a prompt by either model")
+    max_completion_length: int = option(256, "tokens of the longest completion")
+    temperature: float = option(1.0, "of sampling, and of the KL's log-probabilities")
+    per_device_eval_batch_size: int = option(8, "sequences read or drawn at once")
+    seed: int = option(42, "seed of what is drawn")
+    output_file: str | None = option(None, "where the figures go as JSON; none: nowhere")
+
+    def __post_init__(self) -> None:
+        for name in "max_samples num_generations max_completion_length per_device_eval_batch_size".split():
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"eval: {name} must be at least 1; got {getattr(self, name)}")
+        if self.max_prompts < 0:
+            raise ValueError(f"eval: max_prompts must be at least 0; got {self.max_prompts}")
+        if not self.temperature > 0 or not self.beta > 0:
+            raise ValueError(f"eval: temperature and beta must be above 0; got {self.temperature} and {self.beta}")
+        for name in ("model_name_or_path", "dataset_name"):
+            if getattr(self, name) is None:
+                raise ValueError(f"eval: {name.removesuffix('_name')} must be given; got none")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean, its standard error, and over how many it is."""
+
+    mean: float
+    error: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Figure":
+        """Of independent values (n,); NaN where there is none, and no error of a single one."""
+        n = values.numel()
+        error = float(values.double().std() / math.sqrt(n)) if n > 1 else math.nan
+        return cls(float(values.double().mean()), error, n)
+
+
+Figures = dict[str, Figure]
+
+
+def main(argv: Sequence[str]) -> int:
+    """`fastpref eval ARGV...`."""
+    given = given_options(EvalOptions, argv, prog="fastpref eval", description=(__doc__ or "").partition("\n")[0])
+    transformers.utils.logging.disable_progress_bar()
+    options = EvalOptions(**given)
+    found = evaluate(options)
+    print(table(found))
+    if options.output_file:
+        write(Path(options.output_file), options, found)
+    return 0
+
+
+@torch.no_grad()
+def evaluate(options: EvalOptions) -> dict[str, Figures]:
+    """{"policy": figures, "reference": figures}; the latter is empty without a reference."""
+    o, state = options, PartialState()
+    if state.num_processes > 1:
+        raise ValueError(f"eval: runs in one process; got {state.num_processes}")
+    tokenizer = AutoTokenizer.from_pretrained(o.model_name_or_path)
+    pairs, prompts = load(o, tokenizer)
+    sources = [*([o.reward_model_path] if o.reward_model_path else []), *(o.reward_funcs or [])]
+    score = (
+        Rewards(sources, o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size) if sources else None
+    )
+    both = Both(o, tokenizer, state.device)
+    found: dict[str, Figures] = {"policy": {}, "reference": {}}
+    if pairs:
+        found["policy"] |= of_pairs(o, both, pairs)
+    if prompts and (score or both.has_reference):
+        policy, reference = of_samples(o, both, prompts, score)
+        found["policy"] |= policy
+        found["reference"] |= reference
+    return found
+
+
+def load(o: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Pair], list[Prompt]]:
+    """Pairs, of rows that have both answers, and the distinct prompts to complete, of rows that name one."""
+
+    def columns(names: Sequence[str]) -> str | None:
+        return None if pair_columns(names) is None else prompt_columns(names)
+
+    assert o.dataset_name is not None
+    every = load_rows(o.dataset_name, columns=columns, split=o.dataset_test_split, config=o.dataset_config)
+    rows = [row for _, row in zip(range(o.max_samples or len(every)), every, strict=False)]
+    pairs: list[Pair] = []
+    prompts: list[Prompt] = []
+    if pair_columns(list(rows[0])) is None:
+        pairs, told = tokenize_pairs(rows, tokenizer, max_length=o.max_length)
+        print(f"pairs     {told}", flush=True)
+    if o.max_prompts and prompt_columns(list(rows[0])) is None:
+        room = None if o.max_length is None else o.max_length - o.max_completion_length
+        only = [{key: value for key, value in row.items() if key not in ("chosen", "rejected")} for row in rows]
+        prompts, asked = tokenize_prompts(only, tokenizer, max_length=room)
+        print(f"prompts   {asked}", flush=True)
+    return pairs, prompts[: o.max_prompts]
+
+
+class Both:
+    """The tuned model and its reference: another model, or the same with its adapter off."""
+
+    def __init__(self, options: EvalOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        o = options
+        self._options, self._tokenizer, self._device = o, tokenizer, device
+        assert o.model_name_or_path is not None
+        self._policy = self._load(o.model_name_or_path)
+        self._adapted = hasattr(self._policy, "disable_adapter")
+        self._reference = self._load(o.ref_model_name_or_path) if o.ref_model_name_or_path else None
+        self.has_reference = self._reference is not None or self._adapted
+
+    @contextmanager
+    def model(self, side: str) -> Iterator[Any]:
+        """The model that plays "policy" or "reference"."""
+        own = side == "policy" or self._reference is not None
+        model = self._policy if side == "policy" or self._reference is None else self._reference
+        autocast = torch.autocast(self._device.type, torch.bfloat16) if self._options.bf16 else nullcontext()
+        with nullcontext() if own else model.disable_adapter(), autocast:
+            yield model
+
+    def logps(self, side: str, sequences: Sequence[PromptAndCompletion], temperature: float = 1.0) -> Tensor:
+        """(S,) float64, nats, summed over the completions."""
+        found = torch.zeros(len(sequences), dtype=torch.float64)
+        size = self._options.per_device_eval_batch_size
+        with self.model(side) as model:
+            for batch in batches(range(len(sequences)), size, lambda i: sum(map(len, sequences[i]))):
+                found[batch] = self._sums(model, [sequences[i] for i in batch], temperature)
+        return found
+
+    def draw(self, side: str, prompts: Sequence[Prompt]) -> list[Sample]:
+        """num_generations completions of each prompt, those of a prompt together."""
+        o, tokenizer = self._options, self._tokenizer
+        how = Sampling(
+            max_new_tokens=o.max_completion_length,
+            temperature=o.temperature,
+            stop_ids=(tokenizer.eos_token_id,),
+            pad_id=self._pad,
+            batch_size=o.per_device_eval_batch_size,
+        )
+        wanted = [(i, k) for i in range(len(prompts)) for k in range(o.num_generations)]
+        with self.model(side) as model:
+            # not the same numbers for both: the samples of one must say nothing of the other's
+            return drawn(model, prompts, wanted, how, o.seed, ["policy", "reference"].index(side))
+
+    @property
+    def _pad(self) -> int:
+        tokenizer = self._tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def _load(self, name: str) -> Any:
+        auto = AutoPeftModelForCausalLM if (Path(name) / "adapter_config.json").is_file() else AutoModelForCausalLM
+        model: Any = fused_lm_head(auto.from_pretrained(name, dtype=getattr(torch, self._options.dtype)))
+        if reason := enable_packing(model):
+            print(f"padding   {name} reads padded rows: {reason}", flush=True)
+        model.to(self._device)
+        return model.eval()
+
+    def _sums(self, model: Any, sequences: list[PromptAndCompletion], temperature: float) -> Tensor:
+        def head(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+            return linear_logps(hidden, weight, targets, temperature=temperature, **options)[targets != IGNORE_INDEX]
+
+        if packs(model):
+            logps = through_rows(model, pack(sequences).to(self._device), head)
+        else:
+            padded = {name: x.to(self._device) for name, x in collate(sequences, self._pad).items()}
+            logps = model(head=partial(head, targets=padded.pop("targets")), **padded)
+        counts = [scored(*sequence) for sequence in sequences]
+        return torch.stack([own.double().sum() for own in logps.cpu().split(counts)])
+
+
+def of_pairs(o: EvalOptions, both: Both, pairs: list[Pair]) -> Figures:
+    """Loss, accuracy and margin of the pairs; without a reference, accuracy of the log-probabilities themselves."""
+    chosen, rejected = both.logps("policy", sequences_of(pairs)).chunk(2)
+    if not both.has_reference:
+        return {"logps/accuracies": Figure.of(chosen > rejected)}
+    ref_chosen, ref_rejected = both.logps("reference", sequences_of(pairs)).chunk(2)
+    counts = torch.tensor([scored(*sequence) for sequence in sequences_of(pairs)]).chunk(2)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        loss_type=o.loss_type,
+        beta=o.beta,
+        chosen_lengths=counts[0],
+        rejected_lengths=counts[1],
+    )
+    margins = chosen_rewards - rejected_rewards
+    return {
+        "loss": Figure.of(losses),
+        "rewards/accuracies": Figure.of(margins > 0),
+        "rewards/margins": Figure.of(margins),
+    }
+
+
+def of_samples(
+    o: EvalOptions, both: Both, prompts: list[Prompt], score: Callable[..., Any] | None
+) -> tuple[Figures, Figures]:
+    """Figures of the policy and of the reference on their own samples."""
+    n = o.num_generations
+    found: dict[str, Figures] = {"policy": {}, "reference": {}}
+    scores: dict[str, Tensor] = {}
+    for side in ["policy", *(["reference"] if both.has_reference else [])]:
+        samples = both.draw(side, prompts)
+        if score is not None:
+            score([prompts[sample.prompt] for sample in samples], samples)
+            scores[side] = score.totals(samples).view(-1, n)  # type: ignore[attr-defined]
+            found[side] |= of_scores(scores[side])
+        lengths = torch.tensor([len(sample.ids) for sample in samples]).view(-1, n)
+        found[side]["tokens"] = Figure.of(lengths.double().mean(1))
+        if side == "policy" and both.has_reference:
+            sequences = [(sample.prompt_ids, sample.ids) for sample in samples]
+            ratios = both.logps("policy", sequences, o.temperature) - both.logps("reference", sequences, o.temperature)
+            found[side]["kl"] = Figure.of(ratios.view(-1, n).mean(1))
+    if len(scores) == 2:
+        found["policy"]["win_rate"] = Figure.of(win_rates(scores["policy"], scores["reference"]))
+    return found["policy"], found["reference"]
+
+
+def of_scores(scores: Tensor) -> Figures:
+    """The mean score, and that of the best of 2, 4, 8, ... samples; scores (prompts, n), NaN where none is known."""
+    whole = scores[~scores.isnan().any(1)]
+    ks = [2**i for i in range(scores.shape[1].bit_length()) if 2**i <= scores.shape[1]]
+    return {"score" if k == 1 else f"best_of_{k}": Figure.of(best_of(whole, k)) for k in ks}
+
+
+def best_of(scores: Tensor, k: int) -> Tensor:
+    """(prompts,) the expected highest of k of a prompt's n scores, drawn without replacement.
+
+    Of the sorted scores the i-th of n is the highest of k in C(i - 1, k - 1) of C(n, k) draws: unbiased for k fresh
+    samples, as pass@k of Chen et al. 2021, arXiv:2107.03374.
+    """
+    n = scores.shape[1]
+    shares = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
+    return scores.double().sort(1).values @ torch.tensor(shares, dtype=torch.float64)
+
+
+def win_rates(policy: Tensor, reference: Tensor) -> Tensor:
+    """(prompts,) the share of (policy sample, reference sample) that the policy wins, half of the ties included.
+
+    Scores (prompts, n); a prompt with a score that is not known is left out.
+    """
+    known = ~(policy.isnan().any(1) | reference.isnan().any(1))
+    ours, theirs = policy[known, :, None], reference[known, None, :]
+    return ((ours > theirs).double() + 0.5 * (ours == theirs).double()).mean((1, 2))
+
+
+NAMES = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "reward margin",
+    "logps/accuracies": "accuracy of log p",
+    "score": "score",
+    "win_rate": "win rate",
+    "kl": "KL to the reference",
+    "tokens": "tokens",
+}
+
+
+def table(found: Mapping[str, Figures]) -> str:
+    """The figures as lines: policy and reference, each with its standard error."""
+    keys = list(dict.fromkeys(key for side in found.values() for key in side))
+    order = sorted(keys, key=lambda key: list(NAMES).index(key) if key in NAMES else list(NAMES).index("score") + 0.5)
+    lines = [f"{'':22}{'model':>20}{'reference':>20}{'of':>8}"]
+    for key in order:
+        cells = [side.get(key) for side in (found["policy"], found["reference"])]
+        n = next(figure.n for figure in cells if figure is not None)
+        shown = "".join(
+            f"{'' if figure is None else f'{figure.mean:.4f} ± {figure.error:.4f}':>20}" for figure in cells
+        )
+        lines.append(f"{NAMES.get(key, key.replace('_', ' ')):22}{shown}{n:>8}")
+    return "\n".join(lines)
+
+
+def write(path: Path, options: EvalOptions, found: Mapping[str, Figures]) -> None:
+    """The figures and the options as JSON."""
+    figures = {side: {key: vars(figure) for key, figure in of.items()} for side, of in found.items()}
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**figures, "options": given}, indent=1) + "\n")
