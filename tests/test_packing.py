@@ -1,6 +1,9 @@
 """Packed rows with shared prompts against each answer run alone: states, log-probabilities and all gradients."""
 
+import ctypes
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ pytest.importorskip("peft")
 import peft
 import transformers
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref import fused_lm_head, linear_logps
 from fastpref.trainer.packing import Packed, enable_packing, pack, through_rows
+from fastpref.trainer.start import keep_products
 from tests.test_fused_lm_head import ARCHITECTURES, tiny
 
 # a prompt longer, and one shorter, than its second completion take two forms of attention; no prompt; one token
@@ -138,14 +143,49 @@ def test_packed_is_each_sequence_alone(name):
     assert_same(run_alone(model), expected)
 
 
+def flops_of_backward(model: torch.nn.Module) -> tuple[int, tuple[Tensor, Tensor]]:
+    """(products in the backward pass, recomputed ones among them; log-probabilities and gradients)."""
+    loss, logps = through_rows(model, pack(SEQUENCES), head)
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return counter.get_total_flops(), (logps.detach(), gradients(model))
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_under_checkpointing(name):
     model = loud(name).train()
     expected = run_alone(model)
     assert enable_packing(model) is None
     assert model.training
+    least, _ = flops_of_backward(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same(run(model, pack(SEQUENCES)), expected)
+    most, found = flops_of_backward(model)
+    assert_same(found, expected)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_products})
+    some, found = flops_of_backward(model)
+    assert_same(found, expected)
+    assert some == least < most
+
+
+def test_freed_memory_stays():
+    if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        pytest.skip("this libc is not glibc")
+    code = """
+import torch
+from fastpref.trainer.start import keep_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+keep_freed_memory()
+before = resident()
+for _ in range(3):
+    x = [torch.ones(2**20) for _ in range(32)]
+    del x
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.9 * 2**27 < int(done.stdout) < 1.5 * 2**27
 
 
 def test_under_autocast():

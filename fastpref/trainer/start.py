@@ -25,7 +25,7 @@ from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.options import TrainOptions
 from fastpref.trainer.packing import enable_packing
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 aten = torch.ops.aten
 PRODUCTS = [
     aten.mm.default,
@@ -71,12 +71,13 @@ def start(options: TrainOptions) -> Accelerator:
 def keep_freed_memory() -> None:
     """Freed CPU memory stays with the process, for the next layer and the next step.
 
-    By default glibc returns every large block to the system, and the next one is paid for by a page fault every 4 KB,
-    which on a virtual machine can cost more than the arithmetic. Does nothing without glibc.
+    By default glibc gives the end of its heap back to the system, and taking it again costs a page fault every 4 KB,
+    which on a virtual machine can be more than the arithmetic. Does nothing without glibc.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
-        libc.mallopt(M_MMAP_MAX, 0)  # all blocks from the heap ...
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # ... which does not shrink
+        # the most that glibc allows: blocks above 32 MB come and go on their own, for aligned ones leave holes
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | None:
