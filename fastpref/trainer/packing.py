@@ -32,7 +32,7 @@ NAME = "fastpref"
 
 
 class Branches(NamedTuple):
-    """Where a prompt and its completions lie in a row: `prompt` tokens from `start`, then one after the other."""
+    """A prompt and its completions in a row: `prompt` tokens from `start`, then the completions one after the other."""
 
     start: int
     prompt: int
@@ -182,24 +182,24 @@ def _attention(
 
 
 def _by_branch(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: BranchMask) -> Tensor:
+    # split and not sliced: the gradient of a slice is as long as the row
+    sizes = [n for _, prompt, (first, *others) in mask.branches for n in (prompt + first, *others)]
+    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     found = []
-    for start, prompt, (first, *others) in mask.branches:
-        stop = start + prompt + first
-        whole = slice(start, stop)
-        wide = mask.window is not None and stop - start > mask.window
-        causal = mask.causal(stop - start, stop - start, query.device) if wide else None
-        found.append(attend(query[:, :, whole], key[:, :, whole], value[:, :, whole], causal))
+    for _, prompt, (first, *others) in mask.branches:
+        whole = next(parts)
+        wide = mask.window is not None and prompt + first > mask.window
+        found.append(attend(*whole, mask.causal(prompt + first, prompt + first, query.device) if wide else None))
+        q_prompt, k_prompt, v_prompt = (x[:, :, :prompt] for x in whole)
         for n in others:
-            own = slice(stop, stop + n)
-            keys, values = (torch.cat((x[:, :, start : start + prompt], x[:, :, own]), dim=2) for x in (key, value))
+            q, k, v = next(parts)
+            keys, values = torch.cat((k_prompt, k), dim=2), torch.cat((v_prompt, v), dim=2)
             wide = mask.window is not None and prompt + n > mask.window
             if not wide and (query.is_cuda or prompt < n // 2):
                 # SDPA's causal kernels are square: the prompt's queries once more, which they are fast enough for
-                queries = torch.cat((query[:, :, start : start + prompt], query[:, :, own]), dim=2)
-                found.append(attend(queries, keys, values, None)[:, :, prompt:])
+                found.append(attend(torch.cat((q_prompt, q), dim=2), keys, values, None)[:, :, prompt:])
             else:
-                found.append(attend(query[:, :, own], keys, values, mask.causal(n, prompt + n, query.device)))
-            stop += n
+                found.append(attend(q, keys, values, mask.causal(n, prompt + n, query.device)))
     return torch.cat(found, dim=2)
 
 
