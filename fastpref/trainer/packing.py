@@ -32,9 +32,8 @@ NAME = "fastpref"
 
 
 class Branches(NamedTuple):
-    """A prompt and its completions in a row: `prompt` tokens from `start`, then the completions one after the other."""
+    """The next tokens of a row: a prompt's, then those of its completions, one after the other."""
 
-    start: int
     prompt: int
     completions: tuple[int, ...]
 
@@ -78,7 +77,7 @@ def pack(sequences: Sequence[tuple[list[int], list[int]]], *, share: bool = True
     for members in of_prompt.values():
         start, prompt = len(ids), sequences[members[0]][0]
         n = len(prompt)
-        branches.append(Branches(start, n, tuple(len(sequences[s][1]) for s in members)))
+        branches.append(Branches(n, tuple(len(sequences[s][1]) for s in members)))
         ids += prompt
         positions += range(n)
         for s in members:
@@ -183,10 +182,10 @@ def _attention(
 
 def _by_branch(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: BranchMask) -> Tensor:
     # split and not sliced: the gradient of a slice is as long as the row
-    sizes = [n for _, prompt, (first, *others) in mask.branches for n in (prompt + first, *others)]
+    sizes = [n for prompt, (first, *others) in mask.branches for n in (prompt + first, *others)]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     found = []
-    for _, prompt, (first, *others) in mask.branches:
+    for prompt, (first, *others) in mask.branches:
         whole = next(parts)
         wide = mask.window is not None and prompt + first > mask.window
         found.append(attend(*whole, mask.causal(prompt + first, prompt + first, query.device) if wide else None))
