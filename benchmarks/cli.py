@@ -1,4 +1,4 @@
-"""`fastpref bench`: the head, GAE and the trainer against what else there is, on this machine.
+"""`fastpref bench`: the head and GAE against what else there is, on this machine.
 
     fastpref bench --quick                       every suite, small, under two minutes on two cores
     fastpref bench head --shape Llama-3-8B       one suite, on the head of a model: its H and V, as many tokens as fit
@@ -7,8 +7,8 @@
 
 Suites: head (log-probs, SFT, DPO, KTO, PPO and GRPO), selective (log-probs from logits that exist), gae, accuracy
 (against float64), memory (the longest sequence that fits), scaling (cost as N, V and T grow), ablation (each
-optimisation off), trainer (a whole step of fastpref dpo beside TRL's). Every contender's answer is checked before it is
-timed. Peers that are not installed are named as such; pip install 'fastpref[bench]' has most of them.
+optimisation off). Every contender's answer is checked before it is timed. Peers that are not installed are named as
+such; pip install 'fastpref[bench]' has most of them.
 
 Inputs are peaked, as a model's are, and half of each sequence is prompt: random hidden states make every softmax flat,
 and then whoever skips small probabilities skips everything. --inputs real takes hidden states of SmolLM2-135M over
@@ -29,7 +29,7 @@ from fastpref.benchmarks._measure import Row
 from fastpref.benchmarks._settings import Settings
 
 SUITES = ("head", "selective", "gae", "accuracy", "memory", "scaling", "ablation")
-DEFAULT = ("head", "selective", "accuracy")
+DEFAULT = ("head", "selective", "gae", "accuracy")
 
 
 def parser() -> argparse.ArgumentParser:

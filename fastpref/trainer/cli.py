@@ -28,7 +28,7 @@ COMMANDS = {  # name: module, what it needs beyond fastpref's own requirements, 
     "bench": (
         "fastpref.benchmarks.cli",
         (),
-        "time, memory and accuracy of the head, GAE and the trainer beside others",
+        "time, memory and accuracy of the head and GAE beside others",
     ),
     "doctor": ("fastpref.trainer.doctor", (), "versions, devices and backends of this machine, and why not"),
 }
