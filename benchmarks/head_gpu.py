@@ -5,9 +5,9 @@
 
 The rows are those of `fastpref bench head`: each timed step right after the bare products of the same run, into outputs
 that exist; every answer compared with float64 first. By default half of 16,384 tokens count: 8,192. `fastpref 512 MiB`
-is the step in four passes, with no fp32 copy of the weight's gradient. Then the phases of a step at the same sizes, on
-packed rows: achieved TFLOP/s of 2 n H V FLOPs each, beside torch.mm in 16 bits; `half`: half of the rows have no
-gradient, and the rate counts them.
+is the step in four passes, with no fp32 copy of the weight's gradient. Before them, the phases of a step at the same
+sizes, on packed rows: achieved TFLOP/s of 2 n H V FLOPs each, beside torch.mm in 16 bits; `half`: half of the rows have
+no gradient, and the rate counts them.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from fastpref.benchmarks._measure import MIB, Row, Table, allocated, seconds
 from fastpref.benchmarks._settings import Settings
 from fastpref.kernels.head import Head
 
+DEVICE = "cuda"
 FOUR_PASSES = "fastpref 512 MiB"
 PEERS = ("fastpref", FOUR_PASSES, "naive", "naive-compiled", "trl", "liger", "liger-logps", "torch-lce",
          "torch-lce-chunked", "cce-exact", "verl-triton")  # fmt: skip
@@ -42,18 +43,18 @@ def phases(table: Table, shape: Shape, n: int, dtype: torch.dtype, rounds: int) 
     """A row for each kernel of a step."""
     from fastpref.kernels.triton import configs, head
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    normal: dict[str, Any] = {"device": "cuda", "generator": generator}
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    normal: dict[str, Any] = {"device": DEVICE, "generator": generator}
     weight = torch.randn(shape.vocab, shape.hidden, **normal).to(dtype) / shape.hidden**0.5
     targets = torch.randint(shape.vocab, (n,), **normal)
     x = (3 * torch.randn(n, shape.hidden, **normal) + 10 * weight[targets]).to(dtype)
-    anchor, ones = head.label_dots(x, weight, targets).float(), torch.ones(n, device="cuda")
+    anchor, ones = head.label_dots(x, weight, targets).float(), torch.ones(n, device=DEVICE)
     factor = torch.randn(n, **normal)
-    half = torch.where(torch.arange(n, device="cuda") < n // 2, factor, 0.0)
+    half = torch.where(torch.arange(n, device=DEVICE) < n // 2, factor, 0.0)
     chunk, parameters = head.new_chunk(n, weight, dtype), Head(weight, None, None, 1.0, 2**32)
     rows = {"factor": factor, "half": half}
     scaled = {name: head.scaled(x, row) for name, row in rows.items()}
-    d_weight = torch.empty(shape.vocab, shape.hidden, device="cuda")
+    d_weight = torch.empty(shape.vocab, shape.hidden, device=DEVICE)
     lookup = configs.lookup
 
     def products(name: str, library: bool) -> dict[str, Callable[[], object]]:
@@ -71,7 +72,7 @@ def phases(table: Table, shape: Shape, n: int, dtype: torch.dtype, rounds: int) 
             f"d_weight, {label}": lambda: run(lambda: head.d_weight(chunk, operand, row, d_weight, False)),
         }
 
-    logits = torch.empty(n, shape.vocab, dtype=dtype, device="cuda")
+    logits = torch.empty(n, shape.vocab, dtype=dtype, device=DEVICE)
     score = partial(head.score, x, parameters, targets, anchor, ones)
     calls: dict[str, Callable[[], object]] = {
         "torch.mm": lambda: torch.mm(x, weight.T, out=logits),
@@ -113,19 +114,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, f"head_gpu: needs a GPU and Triton: {reason}\n")
     _peers.CONTENDERS[FOUR_PASSES] = partial(_peers._fastpref, workspace=512 * MIB, max_extra_bytes=0)
     dtype = getattr(torch, chosen.dtype)
-    settings = Settings(device="cuda", shapes=chosen.shapes, dtypes=[dtype], rounds=chosen.rounds)
+    settings = Settings(device=DEVICE, shapes=chosen.shapes, dtypes=[dtype], rounds=chosen.rounds)
     table = Table("head_gpu", suite.COLUMNS, _peers.PACKAGES, chosen.json)
     for shape in chosen.shapes:
-        inputs = batch(shape, chosen.pairs, chosen.length, dtype, sampled=True).to("cuda")
+        n = chosen.pairs * chosen.length
+        phases(Table("head_gpu phases", COLUMNS, ("torch", "triton"), chosen.json), shape, n, dtype, chosen.rounds)
+        torch.cuda.empty_cache()
+        inputs = batch(shape, chosen.pairs, chosen.length, dtype, sampled=True).to(DEVICE)
         for loss in chosen.loss:
             true = suite.truth(loss, inputs)
             for head in chosen.head:
                 case = suite.case_of(loss, head == "trained", inputs, true, settings)
                 suite.fill(table, case, settings, chosen.contenders)
-        n = len(inputs.live)
-        del inputs, true, case
-        torch.cuda.empty_cache()
-        phases(Table("head_gpu phases", COLUMNS, ("torch", "triton"), chosen.json), shape, n, dtype, chosen.rounds)
 
 
 if __name__ == "__main__":

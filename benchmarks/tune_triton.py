@@ -26,6 +26,7 @@ from fastpref.benchmarks._inputs import Shape
 from fastpref.kernels.head import Head
 from fastpref.kernels.triton import configs, head, table
 
+DEVICE = "cuda"
 ROUNDS = 7
 CHOICES = {
     "rows": (32, 64, 128, 256),
@@ -36,7 +37,6 @@ CHOICES = {
     "stages": (2, 3, 4, 5, 6),
     "fresh": (1, 2, 4, 8, 16),
     "descriptors": (False, True),
-    "specialise": (False, True),
 }
 
 
@@ -59,19 +59,19 @@ class Problem:
     """Operands on the GPU: peaked logits, since on zeros or equal rows a GPU runs faster than on a model's."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, tokens: int) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-        normal: dict[str, Any] = {"device": "cuda", "generator": generator}
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        normal: dict[str, Any] = {"device": DEVICE, "generator": generator}
         weight = torch.randn(shape.vocab, shape.hidden, **normal).to(dtype) / shape.hidden**0.5
         self.targets = torch.randint(shape.vocab, (tokens,), **normal)
         x = 3 * torch.randn(tokens, shape.hidden, **normal) + 10 * weight[self.targets]
         self.x, self.head = x.to(dtype), Head(weight, None, None, 1.0, 2**32)
         self.anchor = head.label_dots(self.x, weight, self.targets).float()
-        self.ones = torch.ones(tokens, device="cuda")
+        self.ones = torch.ones(tokens, device=DEVICE)
         self.factor = torch.randn(tokens, **normal)
         self.chunk = head.new_chunk(tokens, weight, dtype)
         self.score()
         self.scaled = head.scaled(self.x, self.factor)
-        self.out = torch.empty(shape.vocab, shape.hidden, device="cuda")
+        self.out = torch.empty(shape.vocab, shape.hidden, device=DEVICE)
 
     def score(self) -> Tensor:
         sums = head.score(self.x, self.head, self.targets, self.anchor, self.ones, self.chunk, None)
@@ -116,16 +116,12 @@ def neighbours(tile: Any) -> Iterator[Any]:
     swapped = tile._replace(rows=tile.columns, columns=tile.rows)
     if swapped != tile:
         yield swapped
-    if isinstance(tile, configs.Score) and not tile.specialise:
-        yield tile._replace(warps=4, descriptors=True, specialise=True)
 
 
 def valid(tile: Any) -> bool:
     if not isinstance(tile, configs.Score):
         return True
     # 256 of depth in an accumulator; the planner counts on 240 columns for a partial sum
-    if tile.specialise and not (tile.descriptors and tile.warps == 4):  # where it takes effect
-        return False
     return tile.fresh * tile.depth <= 256 and tile.columns * tile.tiles >= 240
 
 
@@ -153,7 +149,7 @@ def search(tuned: Tuned, field: str, call: Callable[[], Tensor], flops: float, s
 
 
 def tune(shape: Shape, dtype: torch.dtype, tokens: int, seconds: float) -> configs.Row:
-    arch = configs.arch_of(torch.device("cuda"))
+    arch = configs.arch_of(torch.device(DEVICE))
     tuned = Tuned(configs.lookup(arch, dtype, shape.hidden, shape.vocab))
     problem = Problem(shape, dtype, tokens)
     flops = 2.0 * tokens * shape.hidden * shape.vocab

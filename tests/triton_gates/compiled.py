@@ -23,6 +23,16 @@ def test_forward_sweep(monkeypatch, arch):
         gate(code, tensor_cores=code.kernel == "score_kernel")
 
 
+@pytest.mark.parametrize("arch", ["sm_90", *(["sm_100"] if ALL else [])])
+def test_descriptors(monkeypatch, arch):
+    shipped = configs.lookup(arch, BF16, *LLAMA[1:])
+    described = shipped._replace(score=shipped.score._replace(descriptors=True))
+    monkeypatch.setattr(configs, "lookup", lambda *_: described)
+    code = compiled(monkeypatch, arch, Problem(*LLAMA, BF16).score)[0]
+    gate(code, tensor_cores=True)
+    assert code.count("UTMALDG") and not code.count("LDGSTS"), "operands do not come through the accelerator"
+
+
 @pytest.mark.parametrize("arch", SHARED if ALL else ["sm_80", "sm_90"])
 def test_products(monkeypatch, arch):
     found = compiled(monkeypatch, arch, Problem(*LLAMA, BF16).gradients)

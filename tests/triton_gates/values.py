@@ -59,7 +59,7 @@ def test_shipped_tiles(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_descriptors(checked, monkeypatch, dtype):
-    described = SMALL._replace(score=SMALL.score._replace(descriptors=True, specialise=True))
+    described = SMALL._replace(score=SMALL.score._replace(descriptors=True))
     monkeypatch.setattr(configs, "lookup", lambda *_: described)
     check(head(*RAGGED, dtype, bias=True), {"logps": upstream(35)})
     odd = head(35, 37, 259, dtype)  # rows that are not 16 bytes apart: through pointers

@@ -72,12 +72,11 @@ def _tile_of_descriptors(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FRESH: tl.constexpr,
-    SPECIALISE: tl.constexpr,
 ):
     """As `_tile`, its operands fetched by the tensor memory accelerator; what is outside of them is 0."""
     total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     part = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for k in tl.range(0, tl.cdiv(H, BLOCK_K), warp_specialize=SPECIALISE):
+    for k in tl.range(0, tl.cdiv(H, BLOCK_K)):
         x = x_descriptor.load([row, k * BLOCK_K])
         w = w_descriptor.load([column, k * BLOCK_K])
         part = tl.dot(x, w.T, part)
@@ -190,7 +189,6 @@ def score_kernel(
     EVEN: tl.constexpr,  # BLOCK_K divides H
     HAS_CAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    SPECIALISE: tl.constexpr,  # warps that fetch and warps that compute, apart
     PRECISION: tl.constexpr,
 ):
     row_tiles = tl.cdiv(n, BLOCK_N)
@@ -226,9 +224,7 @@ def score_kernel(
         for t in tl.range(0, tiles):
             if DESCRIPTORS:
                 first = (first_tile + t) * BLOCK_V
-                u = _tile_of_descriptors(
-                    x_ptr, weight_ptr, tile * BLOCK_N, first, H, BLOCK_N, BLOCK_V, BLOCK_K, FRESH, SPECIALISE
-                )
+                u = _tile_of_descriptors(x_ptr, weight_ptr, tile * BLOCK_N, first, H, BLOCK_N, BLOCK_V, BLOCK_K, FRESH)
             else:
                 held = tl.minimum((first_tile + t) * BLOCK_V + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
                 x_ptrs = x_ptr + row[:, None] * stride_xn + depth[None, :]

@@ -21,7 +21,6 @@ class Score(NamedTuple):
     stages: int
     fresh: int  # tiles of depth an accumulator takes; 256 of H at most
     descriptors: bool = False  # operands through the tensor memory accelerator, where they are aligned for it
-    specialise: bool = False  # and warps for fetching only
 
 
 class Product(NamedTuple):

@@ -119,7 +119,6 @@ def score(
             EVEN=hidden_size % config.depth == 0,
             HAS_CAP=head.softcap is not None,
             DESCRIPTORS=descriptors,
-            SPECIALISE=descriptors and config.specialise,
             PRECISION=_precision(),
             num_warps=config.warps,
             num_stages=config.stages,
