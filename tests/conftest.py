@@ -1,9 +1,17 @@
-"""Fresh memory is NaN (or the largest integer); at most two threads, or as many as OMP_NUM_THREADS says."""
+"""Fresh memory is NaN (or the largest integer); at most two threads, or as many as OMP_NUM_THREADS says.
 
+Under `pytest -n` one thread a worker, its child processes included: threads that wait by spinning starve each other.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
