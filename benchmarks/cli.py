@@ -1,14 +1,14 @@
 """`fastpref bench`: the head and GAE against what else there is, on this machine.
 
-    fastpref bench --quick                       every suite, small, under two minutes on two cores
+    fastpref bench --quick                       every suite but the trainer, small, under two minutes on two cores
     fastpref bench head --shape Llama-3-8B       one suite, on the head of a model: its H and V, as many tokens as fit
     fastpref bench head --loss dpo ppo --head frozen --dtype bfloat16 --json rows.jsonl --plot plot.png
     fastpref bench --check                       ratios against the baseline: has something become slower?
 
 Suites: head (log-probs, SFT, DPO, KTO, PPO and GRPO), selective (log-probs from logits that exist), gae, accuracy
 (against float64), memory (the longest sequence that fits), scaling (cost as N, V and T grow), ablation (each
-optimisation off). Every contender's answer is checked before it is timed. Peers that are not installed are named as
-such; pip install 'fastpref[bench]' has most of them.
+optimisation off), trainer (whole DPO steps beside TRL's; fetches a model). Every contender's answer is checked before
+it is timed. Peers that are not installed are named as such; pip install 'fastpref[bench]' has most of them.
 
 Inputs are peaked, as a model's are, and half of each sequence is prompt: random hidden states make every softmax flat,
 and then whoever skips small probabilities skips everything. --inputs real takes hidden states of SmolLM2-135M over
@@ -28,7 +28,9 @@ from fastpref.benchmarks._losses import LOSSES
 from fastpref.benchmarks._measure import Row
 from fastpref.benchmarks._settings import Settings
 
-SUITES = ("head", "selective", "gae", "accuracy", "memory", "scaling", "ablation")
+QUICK = ("head", "selective", "gae", "accuracy", "memory", "scaling", "ablation")
+SUITES = (*QUICK, "trainer")
+MODULES = {"trainer": "trainer_trl"}  # of a suite that is not called as its module is
 DEFAULT = ("head", "selective", "gae", "accuracy")
 
 
@@ -71,8 +73,8 @@ def main(argv: Sequence[str]) -> int:
         return check.main()
     settings = settings_of(chosen)
     rows: list[Row] = []
-    for name in chosen.suites or (SUITES if chosen.quick else DEFAULT):
-        rows += importlib.import_module(f"fastpref.benchmarks.{name}").run(settings)
+    for name in chosen.suites or (QUICK if chosen.quick else DEFAULT):
+        rows += importlib.import_module(f"fastpref.benchmarks.{MODULES.get(name, name)}").run(settings)
     if chosen.plot:
         from fastpref.benchmarks.plot import draw
 

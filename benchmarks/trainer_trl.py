@@ -21,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastpref.benchmarks._chat_pairs import chat_pairs
 from fastpref.benchmarks._measure import Row, Table
+from fastpref.benchmarks._settings import Settings
 
 PAIRS, LENGTH, LEARNING_RATE = (
     2,
@@ -256,6 +257,25 @@ def table_row(contender: str, dtype: str, found: Row, trl: Row | None) -> Row:
     return row
 
 
+def tabulate(steps: int, dtypes: Sequence[str], contenders: Sequence[str], file: Path | None) -> list[Row]:
+    table = Table("trainer_trl", COLUMNS, ("torch", "transformers", "trl"), file)
+    table.heading(f"SmolLM2-135M, {PAIRS} chat pairs a step, {steps} steps")
+    for dtype in dtypes:
+        first: Row | None = None
+        for contender in contenders:
+            row = table_row(contender, dtype, alone(contender, steps, dtype), first)
+            table.add(row)
+            first = first or row
+    return table.rows
+
+
+def run(settings: Settings) -> list[Row]:
+    """The suite of `fastpref bench`: two steps; needs the train extra and trl."""
+    return tabulate(
+        2, [str(dtype).removeprefix("torch.") for dtype in settings.dtypes], ("trl", "fastpref"), settings.json
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
@@ -269,14 +289,7 @@ def main() -> None:
         found = run(arguments.steps, arguments.dtype[0], arguments.json.parent)
         arguments.json.write_text(json.dumps(found))
         return
-    table = Table("trainer_trl", COLUMNS, ("torch", "transformers", "trl"), arguments.json)
-    table.heading(f"SmolLM2-135M, {PAIRS} chat pairs a step, {arguments.steps} steps")
-    for dtype in arguments.dtype:
-        first: Row | None = None
-        for contender in arguments.contenders:
-            row = table_row(contender, dtype, alone(contender, arguments.steps, dtype), first)
-            table.add(row)
-            first = first or row
+    tabulate(arguments.steps, arguments.dtype, arguments.contenders, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks at tiny shapes: every row asked for is there, fastpref's are right, nobody's is made up."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from fastpref.benchmarks import (
 from fastpref.benchmarks._inputs import MODELS, Shape, batch
 from fastpref.benchmarks._peers import CONTENDERS, Contender, load, naive_logps
 from fastpref.benchmarks._settings import Settings, sizes
-from fastpref.benchmarks.cli import parser, settings_of
+from fastpref.benchmarks.cli import MODULES, SUITES, parser, settings_of
 from fastpref.trainer import cli
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +205,11 @@ def test_command_refuses(arguments, words, capsys):
         pytest.skip("this machine has one")
     assert cli.main(["bench", *arguments]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_can_be_run(name):
+    assert callable(importlib.import_module(f"fastpref.benchmarks.{MODULES.get(name, name)}").run)
 
 
 def test_quick_asks_for_less():
