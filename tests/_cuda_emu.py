@@ -104,4 +104,7 @@ def run_cases(program: Path, op: str, *, reverse: bool = False) -> subprocess.Co
     options = {"CUDA_EMU_REVERSE": str(int(reverse)), "UBSAN_OPTIONS": "print_stacktrace=1"}
     # a fiber's stack is none that the address sanitizer knows
     options["ASAN_OPTIONS"] = "detect_stack_use_after_return=0"
-    return run(program, op, env={**os.environ, **options}, timeout=120)
+    result = run(program, op, env={**os.environ, **options}, timeout=120)
+    if "unexpected memory mapping" in result.stdout:
+        pytest.skip("the thread sanitizer does not know where this kernel puts memory")
+    return result
