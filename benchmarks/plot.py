@@ -6,6 +6,7 @@ from typing import Any
 
 from fastpref.benchmarks._measure import Row
 
+TABLE = ("loss", "head", "model", "dtype")  # what a table of the head suite is known by
 OURS, OTHER = "#0b6e4f", "#9aa5b1"
 GROWS = {
     "N": ("tokens", "tokens of a step (PPO)"),
@@ -32,10 +33,9 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     for axes, panel in zip(grid.flat, found, strict=False):
         panel(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    about = rows[0]
-    figure.suptitle(
-        f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['commit']}", fontsize=9
-    )
+    about, commits = rows[0], ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    where = f"{about.get('gpu', about['device'])}, {about['threads']} threads, torch {about['torch']}, {commits}"
+    figure.suptitle(where, fontsize=9)
     figure.tight_layout(h_pad=2.0)
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
@@ -46,11 +46,10 @@ def panels(rows: Sequence[Row]) -> list[Callable[[Any], None]]:
     found: list[Callable[[Any], None]] = []
     timed = [row for row in rows if "ratio" in row]
     steps = [row for row in timed if row["benchmark"] == "head"]
-    tables = list(dict.fromkeys((row["loss"], row["head"], row["model"], row["dtype"]) for row in steps))
-    for loss, head, model, dtype in [table for table in tables if table[:2] == ("dpo", "trained")][:2]:
-        some = [
-            row for row in steps if (row["loss"], row["head"], row["model"], row["dtype"]) == (loss, head, model, dtype)
-        ]
+    tables = list(dict.fromkeys(tuple(row[name] for name in TABLE) for row in steps))
+    for table in [table for table in tables if table[:2] == ("dpo", "trained")][:2]:
+        latest = {row["contender"]: row for row in steps if table == tuple(row[name] for name in TABLE)}
+        some, (_, _, model, dtype) = list(latest.values()), table
         where = f"{model}, {dtype}, {some[0]['tokens']:,} tokens"
         found.append(bars(some, "ratio", f"DPO step, times its bare products\n{where}", ".2f", 1.0))
         found.append(bars(some, "extra_MiB", f"DPO step, MiB beyond inputs\n{where}", ".0f"))
@@ -108,10 +107,3 @@ def lines(rows: Sequence[Row], grows: str) -> Callable[[Any], None]:
         axes.legend(fontsize=8, frameon=False)
 
     return panel
-
-
-if __name__ == "__main__":  # rows.jsonl picture.png
-    import json
-    import sys
-
-    draw([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()], Path(sys.argv[2]))

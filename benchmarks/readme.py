@@ -1,4 +1,4 @@
-"""README's table of measurements, from the committed rows: python -m fastpref.benchmarks.readme [README.md].
+"""README's table and plot of measurements, from the committed rows: python -m fastpref.benchmarks.readme [README.md].
 
 It stands between two comments in README.md and is never typed. Rows are those of `fastpref bench --json` in results/;
 of two rows for the same thing the later one counts.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastpref.benchmarks._inputs import Shape
 from fastpref.benchmarks._measure import Row
+from fastpref.benchmarks.plot import draw
 
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- bench:begin, written by python -m fastpref.benchmarks.readme -->", "<!-- bench:end -->"
@@ -37,7 +38,7 @@ OTHERS = {  # heading: (loss, head), what the words say
     "PPO": (("ppo", "trained"), "PPO"),
     "SFT": (("sft", "trained"), "SFT"),
 }
-LONGEST = "longest pair"
+LONGEST, PLOT = "longest pair", "bench_cpu.png"
 AGAIN = "Again on your machine: `fastpref bench --quick`, or `fastpref bench head memory` for these figures."
 
 
@@ -46,7 +47,7 @@ def committed() -> list[Row]:
     files = sorted(RESULTS.rglob("*.jsonl"))
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     rows.sort(key=lambda row: row["benchmark"] != "head_cpu")
-    return [complete(row) for row in rows if row["benchmark"] in ("head", "head_cpu", "memory")]
+    return [complete(row) for row in rows if row["benchmark"] in ("head", "head_cpu", "memory", "scaling")]
 
 
 def complete(row: Row) -> Row:
@@ -55,13 +56,15 @@ def complete(row: Row) -> Row:
         return row
     flops = 2 * row["tokens"] * row["H"] * row["V"] * row["bare_products"]
     speed = {"tokens_per_s": row["tokens"] / row["seconds"]} if "seconds" in row else {}
-    return {**row, **speed, "model": Shape(row["H"], row["V"]).model, "bare_flops": flops}
+    return {**row, **speed, "benchmark": "head", "model": Shape(row["H"], row["V"]).model, "bare_flops": flops}
 
 
 def section(rows: Sequence[Row]) -> str:
     """What stands between the two comments."""
     of_cpu, of_gpu = ([row for row in rows if ("gpu" in row) == gpu] for gpu in (False, True))
     parts = [part for some in (of_cpu, of_gpu) if (part := table(some))]
+    if (RESULTS / PLOT).exists():
+        parts.append(f"![The same steps: time, memory](benchmarks/results/{PLOT})")
     return "\n\n".join(parts if of_gpu else [*parts, "On a GPU: not measured."])
 
 
@@ -74,7 +77,7 @@ def table(rows: Sequence[Row]) -> str:
             continue
         if row["benchmark"] == "memory":
             longest[row["contender"]] = row
-        else:
+        elif row["benchmark"] == "head":
             steps[row["loss"], row["head"], row["contender"]] = row
     measured = [steps["dpo", "trained", name] for name in NAMES if "seconds" in steps.get(("dpo", "trained", name), {})]
     if not measured:
@@ -144,6 +147,8 @@ def replaced(readme: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     file = Path(arguments[0] if arguments else "README.md")
+    rows = [row for row in committed() if "gpu" not in row and row.get("model") == MODEL and row["dtype"] == DTYPE]
+    draw(rows, RESULTS / PLOT)
     file.write_text(replaced(file.read_text()))
 
 
