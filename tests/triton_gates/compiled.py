@@ -1,5 +1,5 @@
 """Every shipped tile compiles for its architecture, fits it, spills nothing and runs on tensor cores; and the gate sees
-where one does not. FASTPREF_AOT=all compiles all of the table and odd shapes (7 minutes); else a sample of it.
+where one does not. FASTPREF_AOT=all compiles all of the table and odd shapes; else a sample of it.
 """
 
 import os
