@@ -70,12 +70,12 @@ def test_extension_is_there_where_there_is_a_compiler():
 
 def test_import_is_light():
     code = (
-        "import sys, time, torch; start = time.perf_counter(); import fastpref; print(time.perf_counter() - start);"
+        "import sys, time, torch; start = time.process_time(); import fastpref; print(time.process_time() - start);"
         "print([name for name in ('transformers', 'triton', 'accelerate', 'datasets') if name in sys.modules])"
     )
     outputs = [subprocess.check_output([sys.executable, "-c", code], text=True).splitlines() for _ in range(3)]
     assert outputs[0][1] == "[]"
-    # the best of three: other work on the machine only adds to it
+    # processor time, the best of three: other work on the machine only adds to it
     assert min(float(seconds) for seconds, _ in outputs) < 0.2
 
 
