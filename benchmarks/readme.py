@@ -47,7 +47,7 @@ def committed() -> list[Row]:
     files = sorted(RESULTS.rglob("*.jsonl"))
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     rows.sort(key=lambda row: row["benchmark"] != "head_cpu")
-    return [complete(row) for row in rows if row["benchmark"] in ("head", "head_cpu", "memory", "scaling")]
+    return [complete(row) for row in rows if row["benchmark"] in ("head", "head_cpu", "memory", "scaling", "accuracy")]
 
 
 def complete(row: Row) -> Row:
@@ -62,7 +62,7 @@ def complete(row: Row) -> Row:
 def section(rows: Sequence[Row]) -> str:
     """What stands between the two comments."""
     of_cpu, of_gpu = ([row for row in rows if ("gpu" in row) == gpu] for gpu in (False, True))
-    parts = [part for some in (of_cpu, of_gpu) if (part := table(some))]
+    parts = [part for some in (of_cpu, of_gpu) for make in (table, accuracy) if (part := make(some))]
     if (RESULTS / PLOT).exists():
         parts.append(f"![The same steps: time, memory](benchmarks/results/{PLOT})")
     return "\n\n".join(parts if of_gpu else [*parts, "On a GPU: not measured."])
@@ -101,6 +101,33 @@ def table(rows: Sequence[Row]) -> str:
     cells = [shown, ["---"] * len(shown), *([line[heading] for heading in shown] for line in lines)]
     drawn = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([*drawn, "", *words(measured, [row for row in steps.values() if "reason" in row], shown)])
+
+
+def accuracy(rows: Sequence[Row]) -> str:
+    """Errors on a real model's hidden states, of one machine; "" without rows of that suite."""
+    found = {
+        (row["contender"], row["dtype"]): row
+        for row in rows
+        if row["benchmark"] == "accuracy" and row["inputs"] == "real" and "rms" in row
+    }
+    names = [name for name in NAMES if (name, "bfloat16") in found and (name, "float32") in found]
+    if not names:
+        return ""
+    columns = {"log-prob, rms": "rms", "sum of 1,024": "sum", "d_weight": "d_weight_error"}
+    dtypes = {"bfloat16": "bf16", "float32": "fp32"}
+    head = ["", *(f"{short}: {heading}" for short in dtypes.values() for heading in columns)]
+    lines = [
+        [NAMES[name], *(f"{found[name, dtype][key]:.1e}" for dtype in dtypes for key in columns.values())]
+        for name in sorted(names, key=lambda name: found[name, "bfloat16"]["rms"])
+    ]
+    drawn = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines)]
+    row = found[names[0], "bfloat16"]
+    about = (
+        f"How far log-probs (nats) and the head's gradient (relative) are from float64 on the same rounded inputs: "
+        f"{row['tokens']:,} tokens of film criticism through {MODEL}; `fastpref bench accuracy`, {row['commit']}. "
+        "Synthetic rows with labels up to 100 nats below the maximum stand in `benchmarks/results/` too."
+    )
+    return "\n".join([*drawn, "", about])
 
 
 def length(row: Row) -> str:
