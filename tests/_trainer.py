@@ -88,14 +88,14 @@ def run_command(given, *extra, launcher=()):
     return done.stdout
 
 
-def start_processes(given, n=1, **environment):
+def start_processes(given, n=1):
     """Starts the recipe in n processes, ranks of one run; they come of a server that has imported everything once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastpref.trainer.dpo", "fastpref.trainer.reward", "tests._trainer"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"ACCELERATE_USE_CPU": "true", **environment}
+    shared = {"ACCELERATE_USE_CPU": "true"}
     if n > 1:
         shared |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [shared | ({"RANK": str(i), "LOCAL_RANK": str(i)} if n > 1 else {}) for i in range(n)]
@@ -106,8 +106,8 @@ def start_processes(given, n=1, **environment):
     return processes
 
 
-def run_processes(given, n=1, **environment):
-    for process in start_processes(given, n, **environment):
+def run_processes(given, n=1):
+    for process in start_processes(given, n):
         process.join(120)
         assert process.exitcode == 0
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpref.trainer.collate import collate
 from fastpref.trainer.data import Pair, load_preferences, sequences_of, tokenize_pairs
+from fastpref.trainer.examples import Example, tokenize_examples, tokenize_labelled
 
 ROW = {"prompt": "Is the film good?", "chosen": " Yes, it is good.", "rejected": " No."}
 CHAT = {
@@ -308,6 +309,16 @@ def test_malformed_rows_are_named(tokenizer, row, message):
         tokenize_pairs([ROW, row], tokenizer)
 
 
+def test_a_malformed_row_of_a_file_is_named_by_its_line(tmp_path, tokenizer):
+    bad = {**ROW, "chosen": 3}
+    rows = load_preferences(write(tmp_path / "a.jsonl", f"{json.dumps(ROW)}\n\n{json.dumps(bad)}\n"))
+    with pytest.raises(ValueError, match=r"tokenize_pairs: .*a\.jsonl, line 3: chosen must be a text"):
+        tokenize_pairs(rows, tokenizer)
+    rows = load_preferences(write(tmp_path / "a.json", json.dumps([ROW, bad])))
+    with pytest.raises(ValueError, match=r"tokenize_pairs: .*a\.json, item 1: chosen must be a text"):
+        tokenize_pairs(rows, tokenizer)
+
+
 def test_what_the_tokenizer_must_have(tokenizer):
     with pytest.raises(ValueError, match="row 0 holds messages, which need a tokenizer with a chat template"):
         tokenize_pairs([CHAT], byte_bpe())
@@ -364,3 +375,93 @@ def test_a_collator_refuses():
         collate([], 0)
     with pytest.raises(TypeError, match="pad_token_id must be an int; got None"):
         collate([([1], [2])], None)
+
+
+# examples: prompt and completion, messages, text, labels
+
+TALK = [*CHAT["prompt"], *CHAT["chosen"]]
+
+
+def test_examples_of_every_format(tokenizer):
+    rows = [
+        {"prompt": "Is the film good?", "completion": " Yes, it is good."},
+        {"prompt": CHAT["prompt"], "completion": CHAT["chosen"]},
+        {"messages": TALK},
+        {"text": "Is the film good? Yes, it is good."},
+    ]
+    examples, report = tokenize_examples(rows, tokenizer)
+    pair, chat = tokenize_pairs([ROW, CHAT], tokenizer)[0]
+    assert examples[0] == Example(pair.prompt_ids, pair.chosen_ids)
+    assert examples[1] == Example(chat.prompt_ids, chat.chosen_ids)
+    assert examples[2] == Example([], chat.prompt_ids + chat.chosen_ids)  # everything is learned
+    assert examples[3] == Example([], pair.prompt_ids + pair.chosen_ids)  # ends with EOS too
+    assert (report.rows, report.kept, report.dropped) == (4, 4, {})
+    named, _ = tokenize_examples([{"body": "Yes"}], tokenizer, text_field="body")
+    assert tokenizer.decode(named[0].completion_ids) == "Yes</s>"
+
+
+def test_examples_without_a_signal_are_dropped_and_counted(tokenizer):
+    fine = {"prompt": "Is", "completion": " the film good?"}
+    long = {"prompt": "Is the film good?" * 20, "completion": " Yes"}
+    rows = [fine, {**fine, "completion": " "}, long, {"text": " "}, {"messages": []}, {"text": "</s>"}]
+    examples, report = tokenize_examples(rows, tokenizer, max_length=12)
+    assert len(examples) == 1
+    assert report.dropped == {
+        "an empty completion": [1],
+        "no completion token within max_length=12": [2, 5],
+        "an empty text": [3],
+        "an empty conversation": [4],
+    }
+    cut, report = tokenize_examples([fine], tokenizer, max_length=3)
+    assert cut[0].n_tokens == 3 and report.truncated == 1
+
+
+def test_labels_and_pairs_taken_apart(tokenizer):
+    (pair,), _ = tokenize_pairs([ROW], tokenizer)
+    rows = [
+        {"prompt": ROW["prompt"], "completion": ROW[side], "label": side == "chosen"} for side in ("chosen", "rejected")
+    ]
+    expected = [Example(pair.prompt_ids, pair.chosen_ids, True), Example(pair.prompt_ids, pair.rejected_ids, False)]
+    assert tokenize_labelled(rows, tokenizer)[0] == expected
+    same = {**ROW, "rejected": ROW["chosen"]}
+    examples, report = tokenize_labelled([ROW, same, ROW], tokenizer)
+    # all chosen, then all rejected
+    assert examples == [expected[0], expected[0], expected[1], expected[1]]
+    assert report.dropped == {"chosen and rejected identical": [1]}
+    assert "2 desirable, 2 undesirable" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("tokenize", "row", "message"),
+    [
+        (tokenize_examples, "text", "row 1 must be a mapping; got str"),
+        (tokenize_examples, {"prompt": "a"}, "row 1: completion must be a text or a list of messages.*got NoneType"),
+        (tokenize_examples, {"prompt": "a", "completion": TALK}, "row 1: prompt must be messages, as completion is"),
+        (tokenize_examples, {"prompt": [], "completion": TALK}, "row 1: prompt must hold at least one message"),
+        (tokenize_examples, {"text": 3}, "row 1: text must be a text or a list of messages"),
+        (
+            tokenize_labelled,
+            {"prompt": "a", "completion": "b", "label": 1},
+            "row 1: label must be true or false; got 1",
+        ),
+        (tokenize_labelled, {"prompt": "a", "chosen": "b"}, "row 1: rejected must be a text"),
+    ],
+)
+def test_malformed_examples_are_named(tokenizer, tokenize, row, message):
+    fine = {"prompt": "Is", "completion": " the film good?", "label": True}
+    with pytest.raises(ValueError, match=message):
+        tokenize([fine, row], tokenizer)
+
+
+def test_a_completion_is_wanted_where_only_it_is_learned(tokenizer):
+    with pytest.raises(ValueError, match="row 0: completion_only_loss wants prompt and completion; got text"):
+        tokenize_examples([{"text": "a"}], tokenizer, completion_only_loss=True)
+
+
+def test_a_reward_model_leaves_out_long_pairs_and_reads_margins(tokenizer):
+    rows = [{**ROW, "margin": 2}, {**ROW, "chosen": " Yes" * 99}]
+    pairs, report = tokenize_pairs(rows, tokenizer, max_length=60, too_long="drop")
+    assert [pair.margin for pair in pairs] == [2]
+    assert report.dropped == {"longer than max_length=60": [1]}
+    with pytest.raises(ValueError, match="row 0: margin must be a number; got 'big'"):
+        tokenize_pairs([{**ROW, "margin": "big"}], tokenizer)

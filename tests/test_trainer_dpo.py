@@ -1,6 +1,7 @@
 """`fastpref dpo` on a random Llama of 17 thousand parameters: what it learns, resumes, saves and refuses."""
 
 import errno
+import math
 from unittest.mock import Mock
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from fastpref.losses.preference import Pairs
 from fastpref.trainer.batches import items_of_step, my_batches
 from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
-from fastpref.trainer.dpo import DPOOptions, train
+from fastpref.trainer.dpo import DPOOptions, load_pairs, train
 from fastpref.trainer.metrics import MetricsLog, read_metrics
 from fastpref.trainer.start import split_by_prompt
 from tests._trainer import (
@@ -205,6 +206,46 @@ def test_nonfinite_loss_stops_with_the_last_good_checkpoint(tiny, tmp_path, monk
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "checkpoint-6").values())
 
 
+def test_a_nonfinite_step_is_left_out_if_asked(tiny, tmp_path, monkeypatch, capsys):
+    from fastpref.trainer import dpo
+
+    original, calls = dpo.linear_preference_loss, []
+
+    def breaks_at_step_2(*args, **kwargs):
+        out = original(*args, **kwargs)
+        calls.append(kwargs["num_items"])
+        return out._replace(loss=out.loss * float("inf")) if sum(n is not None for n in calls) == 2 else out
+
+    monkeypatch.setattr(dpo, "linear_preference_loss", breaks_at_step_2)
+    outcome = train(options(tiny, tmp_path, skip_nonfinite=True, max_steps=6))
+    assert "step 2 left out: loss inf, gradient norm " in capsys.readouterr().out
+    assert outcome.after["eval_loss"] < outcome.before["eval_loss"]
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line)
+
+
+def test_ld_alpha_reads_the_reference_token_by_token(tiny, plain, tmp_path):
+    outcomes = [train(options(tiny, tmp_path / str(alpha), ld_alpha=alpha)) for alpha in (1.0, 0.0)]
+    assert outcomes[0].after == pytest.approx(plain[1].after, abs=1e-4)  # every token counts: plain DPO
+    assert outcomes[1].after["eval_loss"] != pytest.approx(plain[1].after["eval_loss"], abs=1e-3)
+
+
+def test_a_loss_without_a_reference_computes_none(tiny, tmp_path, capsys):
+    given = options(tiny, tmp_path, loss_type="simpo", beta=2.0, simpo_gamma=1.0, max_steps=1)
+    before = train(given).before
+    assert "reference scores" not in capsys.readouterr().out
+    model, tokenizer = (auto.from_pretrained(tiny / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    _, held_out = load_pairs(given, tokenizer, lambda said: None)
+    losses = []
+    for pair in held_out:
+        sides = []
+        for ids in (pair.chosen_ids, pair.rejected_ids):
+            whole = torch.tensor([pair.prompt_ids + ids])
+            logps = model(whole).logits[0, :-1].log_softmax(-1).gather(-1, whole[0, 1:, None])
+            sides.append(logps[len(pair.prompt_ids) - 1 :].mean())
+        losses.append(-torch.nn.functional.logsigmoid(2.0 * (sides[0] - sides[1]) - 1.0))
+    assert before["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+
+
 def test_a_loss_written_by_the_user_trains(tiny, plain, tmp_path):
     def mine(pairs: Pairs, *, beta: float) -> Tensor:
         return -torch.nn.functional.logsigmoid(beta * (pairs.chosen_logratios - pairs.rejected_logratios))
@@ -257,11 +298,20 @@ def test_weights_in_bfloat16(tiny, tmp_path):
         ({"learning_rate": -1.0}, "learning_rate must be 0 or more; got -1.0"),
         ({"max_steps": -1, "num_train_epochs": 0.0}, "num_train_epochs must be above 0"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 exclude each other"),
+        ({"workspace": 0}, "dpo: workspace must be at least 1; got 0"),
+        ({"loss_type": "simpo", "ld_alpha": 0.5}, r"dpo: ld_alpha goes with sigmoid, .*got loss_type simpo"),
+        ({"loss_type": "orpo", "f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl' goes with sigmoid"),
+        ({"loss_weights": [1.0, 2.0]}, "dpo: loss_weights must have one weight for each loss, 1; got 2"),
     ],
 )
 def test_options_are_checked_before_anything_runs(given, message):
     with pytest.raises(ValueError, match=message):
         DPOOptions(**given)
+
+
+def test_an_option_of_another_loss_is_refused():
+    with pytest.raises(TypeError, match=r"dpo: 'simpo_gamma' is no option of sigmoid, whose options .*label_smoothing"):
+        DPOOptions(simpo_gamma=1.0)
 
 
 @pytest.mark.parametrize(

@@ -147,12 +147,16 @@ def test_a_step_is_the_same_however_it_is_split(recipe, tiny, plain, tmp_path):
     """Two processes with two accumulated batches each, of sequences of unequal lengths, make the run of one batch."""
     given = options(recipe, tiny, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2)
     run_processes(given, n=2)
+    assert_same_run(recipe, tmp_path, plain[recipe][0])
+
+
+def assert_same_run(recipe, folder, other):
     # means of the smallest and largest reward of a batch depend on the batch
-    lines = [read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, plain[recipe][0])]
-    for ours, theirs in zip(*lines, strict=True):
+    for ours, theirs in zip(*(read_metrics(f / "metrics.jsonl") for f in (folder, other)), strict=True):
         keys = ours.keys() - {"min_reward", "max_reward", "eval_min_reward", "eval_max_reward"}
         assert {k: ours[k] for k in keys} == pytest.approx({k: theirs[k] for k in keys}, abs=3e-4)
-    split, whole = (parameters(recipe, folder / "model").state_dict() for folder in (tmp_path, plain[recipe][0]))
+    split, whole = (parameters(recipe, f / "model").state_dict() for f in (folder, other))
+    assert split.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], rtol=0, atol=5e-5, msg=name)
 

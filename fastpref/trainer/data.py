@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastpref.trainer.collate import PromptAndCompletion
-from fastpref.trainer.data_files import load_rows
+from fastpref.trainer.data_files import load_rows, place_of
 from fastpref.trainer.encode import common_prefix, encode, is_empty, kind_of, scored
 
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ def tokenize_pairs(
         max_length: prompt + completion is cut to this many tokens, the start kept; None: no limit.
         too_long: "drop" leaves out a pair with a longer sequence: a score of half an answer is of something else.
     Raises:
-        ValueError: a malformed row (named by its index), messages without a chat template, a tokenizer without EOS, no
-            row left, or max_length < 2.
+        ValueError: a malformed row (named by file and line, or its index), messages without a chat template, a
+            tokenizer without EOS, no row left, or max_length < 2.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"tokenize_pairs: max_length must be None or at least 2; got {max_length}")
@@ -117,7 +117,7 @@ def tokenize_pairs(
     report = TokenizeReport()
     for index, row in enumerate(rows):
         report.rows += 1
-        where = f"tokenize_pairs: row {index}"
+        where = f"tokenize_pairs: {place_of(rows, index)}"
         prompt, chosen, rejected = split_pair(row, where)
         if is_empty(chosen) or is_empty(rejected):
             report.dropped.setdefault("an empty completion", []).append(index)

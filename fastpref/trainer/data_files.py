@@ -12,9 +12,23 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 Columns = Callable[[Sequence[str]], "str | None"]  # None if the columns will do, else what is wanted
 
 
+class Rows(list[dict[str, Any]]):
+    """Rows of files, and where each was found: `places[i]` of row i, a file and line."""
+
+    def __init__(self, found: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        pairs = list(found)
+        super().__init__(row for _, row in pairs)
+        self.places = [place for place, _ in pairs]
+
+
+def place_of(rows: Any, index: int) -> str:
+    """How messages name a row: by file and line if it came of a file, else by its index."""
+    return rows.places[index] if isinstance(rows, Rows) else f"row {index}"
+
+
 def load_rows(
     name_or_path: str, *, columns: Columns, split: str = "train", config: str | None = None
-) -> "list[dict[str, Any]] | datasets.Dataset":
+) -> "Rows | datasets.Dataset":
     """Rows with at least the columns that are wanted, in file order, other columns untouched.
 
     Args:
@@ -37,7 +51,7 @@ def load_rows(
         return _from_hub(name_or_path, split, config, columns)
     if config is not None:
         raise ValueError(f"load_rows: config belongs to hub datasets; got config={config!r} for {name_or_path}")
-    rows = [row for file in _files(path, split) for row in _read(file, columns)]
+    rows = Rows(found for file in _files(path, split) for found in _read(file, columns))
     if not rows:
         raise ValueError(f"load_rows: {name_or_path} holds no rows")
     return rows
@@ -59,7 +73,7 @@ def _files(path: Path, split: str) -> list[Path]:
     raise ValueError(f"load_rows: no file for the split {split!r} in {path}; it holds {there}")
 
 
-def _read(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
+def _read(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".parquet":
         yield from _read_parquet(path, columns)
         return
@@ -68,20 +82,21 @@ def _read(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     yield from _read_array(path, columns) if is_array else _read_lines(path, columns)
 
 
-def _read_lines(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
+def _read_lines(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
             if line.strip():
-                yield _checked(_parse(line, where), where, columns)
+                yield where, _checked(_parse(line, where), where, columns)
 
 
-def _read_array(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
+def _read_array(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
     for index, row in enumerate(_parse(path.read_bytes(), str(path))):
-        yield _checked(row, f"{path}, item {index}", columns)
+        where = f"{path}, item {index}"
+        yield where, _checked(row, where, columns)
 
 
-def _read_parquet(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -92,7 +107,8 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"load_rows: {path} is not a readable Parquet file: {error}") from error
     _check_columns(table.column_names, str(path), columns)
-    yield from table.to_pylist()
+    for index, row in enumerate(table.to_pylist()):
+        yield f"{path}, row {index}", row
 
 
 def _parse(text: bytes, where: str) -> Any:

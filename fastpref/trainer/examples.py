@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastpref.trainer.data import split_pair
+from fastpref.trainer.data_files import place_of
 from fastpref.trainer.encode import (
     encode,
     encode_chat,
@@ -109,13 +110,13 @@ def tokenize_examples(
         completion_only_loss: True: rows without a completion are refused.
         text_field: the column that holds text.
     Raises:
-        ValueError: a malformed row (named by its index), messages without a chat template, a tokenizer without EOS, no
-            row left, or max_length < 2.
+        ValueError: a malformed row (named by file and line, or its index), messages without a chat template, a
+            tokenizer without EOS, no row left, or max_length < 2.
     """
     fn = "tokenize_examples"
     kept = _Kept(fn, max_length)
     for index, row in enumerate(rows):
-        where = f"{fn}: row {index}"
+        where = f"{fn}: {place_of(rows, index)}"
         if not isinstance(row, Mapping):
             raise ValueError(f"{where} must be a mapping; got {type(row).__name__}")
         if row.get("prompt") is not None or row.get("completion") is not None:
@@ -150,7 +151,7 @@ def tokenize_labelled(
     kept = _Kept(fn, max_length)
     rejected: list[tuple[int, Any, Any, Mapping[str, Any], str]] = []
     for index, row in enumerate(rows):
-        where = f"{fn}: row {index}"
+        where = f"{fn}: {place_of(rows, index)}"
         if isinstance(row, Mapping) and row.get("completion") is None:
             prompt, better, worse = split_pair(row, where)
             if better == worse:

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-PANELS = {
+PANELS = {  # title: the metrics drawn, those that a run has
     "loss": ["loss"],
-    "reward of a completion": ["objective/scores", "reward"],
-    "tokens of a completion": ["completions/mean_length"],
+    "score of samples": ["objective/scores", "reward"],
+    "KL to the reference, nats": ["kl", "objective/kl"],
+    "tokens of a sample": ["completions/mean_length"],
     "rewards": ["rewards/chosen", "rewards/rejected"],
     "reward margin, chosen - rejected": ["rewards/margins", "margin"],
     "accuracy": ["rewards/accuracies", "accuracy"],
-    "KL to the reference, nats": ["kl", "objective/kl"],
     "token accuracy": ["mean_token_accuracy"],
-    "entropy of a token, nats": ["entropy", "policy/entropy_avg"],
+    "entropy of a token, nats": ["entropy"],
     "log-probability of an answer, nats": ["logps/chosen", "logps/rejected"],
     "gradient norm": ["grad_norm"],
 }
@@ -110,7 +110,7 @@ def plot(
     drawn = {label: metrics for label, metrics in drawn.items() if metrics}
     n_columns = min(len(drawn), 4)
     n_rows = -(-len(drawn) // n_columns)
-    text = "\n".join(f"{head}: {body}" for head, body in samples)
+    text = "\n".join(textwrap.fill(" ".join(f"{head}: {body}".split()), 60 * n_columns) for head, body in samples)
     n_text = text.count("\n") + 1 if text else 0
     # no pyplot: it would pick a display, and keep the figure alive
     figure = Figure(figsize=(3.4 * n_columns, 2.9 * n_rows + 0.4 + 0.16 * n_text), layout="constrained")
@@ -130,7 +130,7 @@ def plot(
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
     if text:
-        figure.text(0.01, -0.01, text, fontsize=7, family="monospace", va="top")
+        figure.text(0.01, -0.01, text, fontsize=7, va="top", parse_math=False)
     figure.savefig(path, dpi=140, bbox_inches="tight")
 
 

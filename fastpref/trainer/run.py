@@ -309,7 +309,7 @@ def finish(
         write_whole(folder / "model", run.save_model)
         settings = f"learning rate {o.learning_rate:g}, {run.per_step} {run.unit} a step"
         lines = read_metrics(folder / "metrics.jsonl")
-        report.plot(lines, folder / "training.png", title=f"{title or o.recipe}: {settings}")
+        report.plot(lines, folder / "training.png", title=f"{title or o.recipe}: {settings}", samples=after)
         print()
         if run.held_out:
             print(report.before_after(state["before"], state["after"], count=f"{len(run.held_out)} {run.unit}"))
