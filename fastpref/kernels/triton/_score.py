@@ -87,14 +87,21 @@ def _tile_of_descriptors(
 
 
 @triton.jit
-def _quarter(tile, which: tl.constexpr):
-    """Columns which / 4 to (which + 1) / 4, without moving data between threads."""
-    rows: tl.constexpr = tile.shape[0]
-    columns: tl.constexpr = tile.shape[1]
-    low, high = tile.reshape(rows, 2, columns // 2).permute(0, 2, 1).split()
-    half = low if which < 2 else high
-    low, high = half.reshape(rows, 2, columns // 4).permute(0, 2, 1).split()
-    return low if which % 2 == 0 else high
+def _halves(tile):
+    """The left and the right columns, without moving data between threads."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _columns(tile, which: tl.constexpr, PARTS: tl.constexpr):
+    """Columns which / PARTS to (which + 1) / PARTS; PARTS is 4 or 8."""
+    low, high = _halves(tile)
+    low, high = _halves(low if which < PARTS // 2 else high)
+    quarter = low if which % (PARTS // 2) < PARTS // 4 else high
+    if PARTS == 8:
+        low, high = _halves(quarter)
+        quarter = low if which % 2 == 0 else high
+    return quarter
 
 
 @triton.jit
@@ -230,11 +237,12 @@ def score_kernel(
                 x_ptrs = x_ptr + row[:, None] * stride_xn + depth[None, :]
                 w_ptrs = weight_ptr + held[None, :] * stride_wv + depth[:, None].to(tl.int64) * stride_wh
                 u = _tile(x_ptrs, w_ptrs, H, stride_wh, BLOCK_N, BLOCK_V, BLOCK_K, FRESH, EVEN, PRECISION)
-            # in quarters: all of a tile's exponentials and their products at once would not fit the registers
-            for quarter in tl.static_range(4):
+            # in parts: all of a tile's exponentials and their products at once would not fit the registers
+            PARTS: tl.constexpr = 8 if HAS_CAP else 4
+            for part in tl.static_range(PARTS):
                 exp_sum, exp_d_sum, exp_sq_sum, z_sum, max_d = _add_columns(
-                    _quarter(u, quarter),
-                    (first_tile + t) * BLOCK_V + quarter * (BLOCK_V // 4),
+                    _columns(u, part, PARTS),
+                    (first_tile + t) * BLOCK_V + part * (BLOCK_V // PARTS),
                     exp_sum,
                     exp_d_sum,
                     exp_sq_sum,
