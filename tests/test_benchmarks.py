@@ -23,6 +23,7 @@ from fastpref.benchmarks import (
     memory_cpu,
     readme,
     scaling,
+    selective,
 )
 from fastpref.benchmarks._inputs import MODELS, Shape, batch
 from fastpref.benchmarks._peers import CONTENDERS, Contender, load, naive_logps
@@ -166,6 +167,16 @@ def test_readmes_table_is_made_of_the_rows(results, monkeypatch):
 def test_readme_says_what_the_results_say():
     text = (ROOT / "README.md").read_text()
     assert readme.replaced(text) == text, "run: python -m fastpref.benchmarks.readme"
+
+
+def test_selective_has_the_gradient_that_is_written_over_the_logits(monkeypatch):
+    monkeypatch.delitem(selective.CONTENDERS, "naive-compiled")
+    monkeypatch.setitem(selective.LOGITS, "cpu", 2**17)
+    found = selective.run(TINY.but(quick=True, dtypes=(torch.float32,)))
+    ours = [row for row in found if row["contender"].startswith("fastpref")]
+    assert [row["pass"] for row in ours] == ["forward"] * 2 + ["forward and backward"] * 2
+    assert all(row["logps_error"] <= 2e-6 and row.get("d_logits_error", 0) <= 3e-6 and row["ratio"] > 0 for row in ours)
+    assert ours[3]["extra_MiB"] < ours[2]["extra_MiB"]  # in place
 
 
 def test_slope():
