@@ -188,7 +188,23 @@ def test_check_names_what_became_worse():
     key = check.key({**row, "ratio": 1.0})
     assert check.worse([{**row, "ratio": 1.2}], {key: 1.0}) == []
     assert check.worse([{**row, "ratio": 1.3}], {key: 1.0}) == [f"{key}: 1.30, was 1.00, more than 25% worse"]
-    assert check.worse([{**row, "ratio": 1.0}], {}) == [f"{key}: 1.00, no baseline"]
+
+
+def test_check_passes_nothing_for_being_unknown(monkeypatch, tmp_path, capsys):
+    row = {"kernel": "amx", "threads": 2, "loss": "dpo", "head": "trained", "model": "M", "dtype": "bfloat16"}
+    monkeypatch.setattr(check.head, "run", lambda settings: [{**row, "ratio": 1.2}])
+    monkeypatch.setattr(check, "BASELINE", tmp_path / "baseline.json")
+    assert check.main() == 1 and "0 of 1 ratios have a baseline" in capsys.readouterr().out
+    assert check.main(["--update"]) == 0 and check.main() == 0
+    (tmp_path / "baseline.json").write_text(json.dumps({check.key(row): 0.9}))
+    assert check.main() == 1 and "was 0.90, more than 25% worse" in capsys.readouterr().out
+
+
+def test_baseline_is_of_ratios_that_were_measured():
+    rows = [row for row in readme.committed() if row["benchmark"] == "head" and row["contender"] == "fastpref"]
+    committed = {check.key(row): row["ratio"] for row in rows}
+    baseline = json.loads(check.BASELINE.read_text())
+    assert baseline and baseline == {key: round(committed[key], 3) for key in baseline}
 
 
 def test_command_writes_rows_and_a_picture(tmp_path, capsys):
