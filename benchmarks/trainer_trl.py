@@ -11,7 +11,8 @@ of one epoch, and `step + ref` is the figure to hold beside TRL's step.
 
 The bound: 2 FLOPs per parameter and token for a pass. TRL reads the prompts twice, padded to the longest sequence of
 the batch: 5 passes (reference, forward, recomputation, 2 of backward) over `tokens`. Ours reads each prompt once,
-without padding. `speed`, `memory` and `loss diff.` are beside the first contender named. Memory that nobody can avoid: 16 bytes a parameter in float32 (weight, gradient, two moments), 2.15 GB.
+without padding. Memory that nobody can avoid: 16 bytes a parameter in float32 (weight, gradient, two moments), 2.15 GB.
+`speed`, `memory` and `loss diff.` are beside the first contender named.
 """
 
 import argparse
