@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fastpref
+from fastpref.trainer import start
 from fastpref.trainer.config import as_command
 from fastpref.trainer.metrics import read_metrics
 
@@ -88,7 +90,7 @@ def run_command(given, *extra, launcher=()):
     return done.stdout
 
 
-def start_processes(given, n=1):
+def start_processes(given, n=1, fsdp=False):
     """Starts the recipe in n processes, ranks of one run; they come of a server that has imported everything once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastpref.trainer.dpo", "fastpref.trainer.reward", "tests._trainer"])
@@ -100,14 +102,14 @@ def start_processes(given, n=1):
         shared |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [shared | ({"RANK": str(i), "LOCAL_RANK": str(i)} if n > 1 else {}) for i in range(n)]
     threads = torch.get_num_threads()
-    processes = [context.Process(target=_train, args=(given, rank, threads)) for rank in ranks]
+    processes = [context.Process(target=_train, args=(given, rank, threads, fsdp)) for rank in ranks]
     for process in processes:
         process.start()
     return processes
 
 
-def run_processes(given, n=1):
-    for process in start_processes(given, n):
+def run_processes(given, n=1, fsdp=False):
+    for process in start_processes(given, n, fsdp):
         process.join(120)
         assert process.exitcode == 0
 
@@ -125,7 +127,19 @@ def run_and_kill(given, at):
     assert process.exitcode == -signal.SIGKILL
 
 
-def _train(given, environment, threads):
+def _train(given, environment, threads, fsdp):
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    if fsdp:
+        start.Accelerator = _accelerator_with_fsdp2
     importlib.import_module(f"fastpref.trainer.{given.recipe}").train(given)
+
+
+def _accelerator_with_fsdp2(**options):
+    """As `accelerate launch --use_fsdp --fsdp_version 2` makes it on GPUs; it has no FSDP on CPUs, where gloo has."""
+    accelerator = Accelerator(**options)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    accelerator.state.fsdp_plugin = plugin
+    # each AcceleratorState() takes up what PartialState says, here as where accelerate itself has made it FSDP
+    PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator

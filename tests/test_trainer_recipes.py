@@ -150,6 +150,17 @@ def test_a_step_is_the_same_however_it_is_split(recipe, tiny, plain, tmp_path):
     assert_same_run(recipe, tmp_path, plain[recipe][0])
 
 
+@pytest.mark.parametrize("recipe", ["kto", "reward"])
+def test_fsdp2_makes_the_run_of_one_process_and_resumes(recipe, tiny, plain, tmp_path):
+    given = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 6}
+    run_processes(options(recipe, tiny, tmp_path, **given), n=2, fsdp=True)
+    assert_same_run(recipe, tmp_path, plain[recipe][0])
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    from_six = str(tmp_path / "checkpoint-6")
+    run_processes(options(recipe, tiny, tmp_path, **given, resume_from_checkpoint=from_six), n=2, fsdp=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
 def assert_same_run(recipe, folder, other):
     # means of the smallest and largest reward of a batch depend on the batch
     for ours, theirs in zip(*(read_metrics(f / "metrics.jsonl") for f in (folder, other)), strict=True):

@@ -40,10 +40,10 @@ def save_state(
         parts: what has a state_dict: optimizer, scheduler, ...
     """
     generators = gather_object([_random_state(accelerator.device)])  # each process has its own
+    saved = {name: part.state_dict() for name, part in parts.items()}  # which under FSDP2 all of them gather
 
     def fill(path: Path) -> None:
         save_model(path)
-        saved = {name: part.state_dict() for name, part in parts.items()}
         torch.save({"state": state, "parts": saved, "generators": generators}, path / "state.pt")
 
     if accelerator.is_main_process:

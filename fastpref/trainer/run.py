@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
 
 from fastpref.trainer import report
@@ -30,6 +31,7 @@ from fastpref.trainer.demo import demo_model
 from fastpref.trainer.metrics import MetricsLog, Sums, Tally, means, merged, read_metrics
 from fastpref.trainer.optimizers import make_optimizer
 from fastpref.trainer.options import MAY_CHANGE, TrainOptions
+from fastpref.trainer.sharded import WholeOptimizer, whole_weights
 from fastpref.trainer.start import causal_lm, start, where_to_start
 
 State = dict[str, Any]
@@ -87,14 +89,21 @@ class Run:
     def parts(self) -> dict[str, Any]:
         """What has a state_dict, beside the model."""
         scaler = self.accelerator.scaler
-        return {"optimizer": self.optimizer, "scheduler": self.scheduler, **({"scaler": scaler} if scaler else {})}
+        optimizer = WholeOptimizer(self.optimizer) if self.accelerator.is_fsdp2 else self.optimizer
+        return {"optimizer": optimizer, "scheduler": self.scheduler, **({"scaler": scaler} if scaler else {})}
 
     def say(self, message: str) -> None:
         self.accelerator.print(message, flush=True)  # into a log file too, line by line
 
-    def save_model(self, folder: Path) -> None:
-        self.bare_model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def saver(self) -> Callable[[Path], None]:
+        """What writes the model into a folder. Every process calls this, the main one what it returns."""
+        weights = whole_weights(self.accelerator, self.model)
+
+        def save(folder: Path) -> None:
+            self.bare_model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+            self.tokenizer.save_pretrained(folder)
+
+        return save
 
 
 def steps_of(options: TrainOptions, steps_per_epoch: int) -> int:
@@ -118,7 +127,7 @@ def open_run(
             `prompt_ids` and `n_tokens`.
         build: given options, the model's name and the checkpoint to go on from or None: the model.
         updates: optimizer updates a step, which the schedule counts.
-        ddp: False: the recipe adds up the gradients of several processes itself.
+        ddp: False: no DDP and no FSDP2; the recipe adds up the gradients of several processes itself.
     Raises:
         ValueError: the items do not fill a step; what `start` and `where_to_start` refuse.
     """
@@ -143,8 +152,13 @@ def open_run(
     optimizer = make_optimizer(
         model, o.optim, learning_rate=o.learning_rate, weight_decay=o.weight_decay, optim_args=o.optim_args
     )
-    model = accelerator.prepare_model(model, evaluation_mode=not ddp)  # which is what leaves out DDP
-    optimizer = accelerator.prepare(optimizer)
+    if ddp:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    elif accelerator.is_fsdp2:
+        raise ValueError(f"{o.recipe}: runs in one process or under DDP; got FSDP2")
+    else:
+        model = accelerator.prepare_model(model, evaluation_mode=True)  # which is what leaves out DDP
+        optimizer = accelerator.prepare(optimizer)
     total = updates * steps_of(o, len(items) // per_step)
     warmup = math.ceil(o.warmup_steps * total) if o.warmup_steps < 1 else int(o.warmup_steps)
     scheduler = get_scheduler(o.lr_scheduler_type, optimizer, warmup, total)
@@ -231,7 +245,8 @@ def update(run: Run, step: int, batches: Iterable[tuple[Any, bool]], loss: Calla
 def take(run: Run, step: int, tally: Tally) -> Update:
     """The optimizer's part of an update, once the gradients are there; raises as `update` does."""
     o, accelerator, sums = run.options, run.accelerator, tally.reduced()
-    norm = float(accelerator.clip_grad_norm_(run.model.parameters(), o.max_grad_norm or math.inf))
+    total_norm = accelerator.clip_grad_norm_(run.model.parameters(), o.max_grad_norm or math.inf)
+    norm = float(total_norm.full_tensor() if isinstance(total_norm, DTensor) else total_norm)
     done = Update(sums, norm, run.scheduler.get_last_lr()[0])
     if not finite(run, done):
         if not o.skip_nonfinite:
@@ -289,7 +304,7 @@ def after_step(
         log(step, state["after"])
     if step % o.save_steps == 0:
         log.sync()
-        save_state(run.accelerator, run.folder, state, run.parts, run.save_model, o.save_total_limit)
+        save_state(run.accelerator, run.folder, state, run.parts, run.saver(), o.save_total_limit)
     log.advance()
 
 
@@ -304,9 +319,9 @@ def finish(
     """Saves the tuned model, plots the metrics, and shows what the training changed."""
     log.close()
     o, folder = run.options, run.folder
-    after = sample(run)
+    after, save = sample(run), run.saver()
     if run.accelerator.is_main_process:
-        write_whole(folder / "model", run.save_model)
+        write_whole(folder / "model", save)
         settings = f"learning rate {o.learning_rate:g}, {run.per_step} {run.unit} a step"
         lines = read_metrics(folder / "metrics.jsonl")
         report.plot(lines, folder / "training.png", title=f"{title or o.recipe}: {settings}", samples=after)
@@ -322,9 +337,7 @@ def finish(
 
 
 def continuations(run: Run) -> list[list[str]]:
-    """[prompt, continuation] of two prompts, of the main process; the others return none."""
-    if not run.accelerator.is_main_process:
-        return []
+    """[prompt, continuation] of two prompts. Every process calls this: under FSDP2 each holds a part of the model."""
     prompts = [item.prompt_ids for item in run.held_out or run.items]
     return report.continuations(run.bare_model, run.tokenizer, prompts)
 

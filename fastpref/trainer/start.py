@@ -44,7 +44,7 @@ def start(options: TrainOptions) -> Accelerator:
     """The processes and devices of this run, its precision and its tracker.
 
     Raises:
-        ValueError: the tracker is not installed, or the launcher asks for more than DDP.
+        ValueError: the tracker is not installed, or the launcher asks for more than DDP and FSDP2.
     """
     o = options
     if o.report_to != "none" and find_spec(o.report_to) is None:
@@ -59,9 +59,11 @@ def start(options: TrainOptions) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=precision, log_with=tracker, project_dir=o.output_dir, kwargs_handlers=handlers
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    others = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in others and not accelerator.is_fsdp2:
         raise ValueError(
-            f"start: this recipe runs in one process or under DDP; got {accelerator.distributed_type.value}"
+            "start: the recipes run in one process, under DDP or under FSDP2 (accelerate launch --use_fsdp "
+            f"--fsdp_version 2); got {accelerator.distributed_type.value}"
         )
     accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may set it, and backward() would divide by it
     set_seed(o.seed)
