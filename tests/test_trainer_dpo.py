@@ -22,7 +22,7 @@ from fastpref.trainer.batches import items_of_step, my_batches
 from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
 from fastpref.trainer.dpo import DPOOptions, load_pairs, train
 from fastpref.trainer.metrics import MetricsLog, read_metrics
-from fastpref.trainer.start import split_by_prompt
+from fastpref.trainer.start import causal_lm, split_by_prompt
 from tests._trainer import (
     TWO_PROCESSES,
     WORDS,
@@ -364,3 +364,10 @@ def test_no_prompt_is_on_both_sides_of_the_split():
     assert sorted([*kept, *held_out], key=lambda p: p.chosen_ids) == pairs
     assert not {p.prompt_ids[0] for p in kept} & {p.prompt_ids[0] for p in held_out}
     assert split_by_prompt(pairs, 0, seed=0) == (pairs, [])
+
+
+def test_an_adapter_is_no_model_to_start_from(tmp_path):
+    """Its reference would silently be the base under it."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^dpo: model_name_or_path must be a whole model; .* is an adapter\. Merge it"):
+        causal_lm(DPOOptions(), str(tmp_path), None)

@@ -102,11 +102,6 @@ def open_online(options: OnlineOptions) -> tuple[Run, Rewards]:
 def roles_of(options: OnlineOptions, name: str, resumed: Path | None) -> Roles:
     """The roles of a run, as the checkpoint left them if there is one."""
     o, reward = options, None
-    if (Path(name) / "adapter_config.json").is_file():  # what lies on it would lie on its base, and so would KL
-        raise ValueError(
-            f"{o.recipe}: model_name_or_path must be a whole model; {name} is an adapter. Merge it: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-        )
     if o.use_peft and o.reward_model is not None and is_adapter_of(o.reward_model, name):
         reward = o.reward_model
     reference = causal_lm(o, name, None) if o.has_reference and not o.use_peft else None

@@ -138,6 +138,12 @@ def _curves(axes: Any, lines: Sequence[Mapping[str, Any]], metric: str, train: s
     steps = [(line["step"], line[metric]) for line in lines if isinstance(line.get(metric), float | int)]
     points = [(line["step"], line[f"eval_{metric}"]) for line in lines if line.get(f"eval_{metric}") is not None]
     if steps:
-        axes.plot(*zip(*steps, strict=True), color=train, linewidth=1.4, label=f"{label}training")
+        axes.plot(
+            *zip(*steps, strict=True),
+            color=train,
+            linewidth=1.4,
+            marker="." if len(steps) == 1 else "",
+            label=f"{label}training",
+        )
     if points:
         axes.plot(*zip(*points, strict=True), "o:", color=held_out, markersize=4, linewidth=1, label=f"{label}held out")

@@ -131,7 +131,14 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
         resumed: the checkpoint whose weights, or with use_peft whose adapter, it gets.
         task: peft's name for the kind of model.
         config: what to set in the model's configuration.
+    Raises:
+        ValueError: name is the folder of an adapter.
     """
+    if (Path(name) / "adapter_config.json").is_file():  # the reference would be its base, and so would KL
+        raise ValueError(
+            f"{options.recipe}: model_name_or_path must be a whole model; {name} is an adapter. Merge it: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
     source = name if resumed is None or options.use_peft else resumed
     model: Any = auto.from_pretrained(source, dtype=getattr(torch, options.dtype), **config)
     for module in model.modules():
