@@ -369,5 +369,5 @@ def test_no_prompt_is_on_both_sides_of_the_split():
 def test_an_adapter_is_no_model_to_start_from(tmp_path):
     """Its reference would silently be the base under it."""
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"^dpo: model_name_or_path must be a whole model; .* is an adapter\. Merge it"):
+    with pytest.raises(ValueError, match=r"^dpo: model_name_or_path must be a whole model; .* is an adapter\."):
         causal_lm(DPOOptions(), str(tmp_path), None)
