@@ -9,7 +9,6 @@ plan() names where gradients are formed from several chunks; `max`: with max_ext
 """
 
 import argparse
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,9 +67,6 @@ def contenders(workspaces: Sequence[int]) -> dict[str, Callable[[Batch], Tensor]
 def measure(
     step: Callable[[Batch], Tensor], inputs: Batch, make: Callable[[], Batch], trained: bool, first: Any, rounds: int
 ) -> Row:
-    bounded = isinstance(step, partial) and "max_extra_bytes" in step.keywords
-    if bounded and "max_extra_bytes" not in inspect.signature(linear_preference_loss).parameters:
-        return {"reason": "not measured: linear_preference_loss has no max_extra_bytes yet"}
     call = partial(gradients, step, inputs, trained)
     returned = sum(x.nbytes for x in call()[1])
     row: Row = {"resident_MiB": (resident(prepare, step, make, trained) - returned) / MIB}

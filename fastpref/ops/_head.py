@@ -1,7 +1,6 @@
 """The arguments that every function of the linear head takes, checked once and laid flat."""
 
 import functools
-import inspect
 from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -147,9 +146,6 @@ def check_group(fn: str, process_group: "dist.ProcessGroup", device: torch.devic
         )
     if backend == "reference":
         raise ValueError(f"{fn}: backend must be another than 'reference' with a process_group")
-
-
-OPTIONS = tuple(name for name, p in inspect.signature(flatten).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
 def recorded(x: Tensor) -> bool:
