@@ -57,6 +57,7 @@ class Preset:
     generations: int  # completions a prompt, of which the best and the worst are a pair
     steps: int  # of the methods that learn from pairs, and of the reward model
     batch: int  # pairs a step
+    learning_rate: float  # of the methods and of the reward model; few steps need long ones
     ppo_steps: int
     ppo_batch: int  # completions a step
     eval_prompts: int
@@ -75,15 +76,16 @@ PRESETS = {
         sft_batch=16,
         pair_prompts=160,
         generations=4,
-        steps=30,
+        steps=40,
         batch=8,
-        ppo_steps=10,
+        learning_rate=3e-4,
+        ppo_steps=8,
         ppo_batch=32,
-        eval_prompts=96,
-        dpo_betas=(0.05, 0.5),
+        eval_prompts=128,
+        dpo_betas=(0.05, 0.2, 1.0),
         unlikelihood_alphas=(0.5,),
         ppo_kl_coefs=(0.05,),
-        best_of=(4,),
+        best_of=(2, 4, 8),
     ),
     "gpu": Preset(
         seeds=3,
@@ -94,6 +96,7 @@ PRESETS = {
         generations=4,
         steps=300,
         batch=16,
+        learning_rate=1e-4,
         ppo_steps=100,
         ppo_batch=128,
         eval_prompts=512,
@@ -193,7 +196,7 @@ class Study:
             found.append(self.tuned("PPO", f"kl_coef {kl_coef:g}", self.train_ppo, **learned))
             true = {"kl_coef": kl_coef, "reward_funcs": [kindness]}
             found.append(self.tuned("PPO, true reward", f"kl_coef {kl_coef:g}", self.train_ppo, **true))
-        return found + [self.best_of(n) for n in p.best_of]
+        return found + self.best_of(p.best_of)
 
     def once(self, name: str, train: Callable[[str], Path]) -> Path:
         """The folder of a model that is trained where it is not there yet."""
@@ -231,18 +234,23 @@ class Study:
 
     def train_reward(self, folder: str) -> Any:
         p = self.preset
-        how = {"max_steps": p.steps, "per_device_train_batch_size": p.batch, "learning_rate": 1e-4}
+        how = {"max_steps": p.steps, "per_device_train_batch_size": p.batch, "learning_rate": p.learning_rate}
         return reward.train(reward.RewardOptions(**self.lora(folder), **how, dataset_name=str(self.pairs)))
 
     def train_dpo(self, folder: str, **loss: Any) -> Any:
         p = self.preset
-        how = {"max_steps": p.steps, "per_device_train_batch_size": p.batch, "learning_rate": 1e-4}
+        how = {"max_steps": p.steps, "per_device_train_batch_size": p.batch, "learning_rate": p.learning_rate}
         return dpo.train(dpo.DPOOptions(**self.lora(folder), **how, **loss, dataset_name=str(self.pairs)))
 
     def train_ppo(self, folder: str, **rewarded: Any) -> Any:
         p = self.preset
-        how = {"max_steps": p.ppo_steps, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "temperature": 1.0}
-        how |= {"gradient_accumulation_steps": p.ppo_batch // 8, "num_mini_batches": 2, "num_ppo_epochs": 2}
+        how = {"max_steps": p.ppo_steps, "per_device_train_batch_size": 8, "learning_rate": p.learning_rate}
+        how |= {
+            "temperature": 1.0,
+            "gradient_accumulation_steps": p.ppo_batch // 8,
+            "num_mini_batches": 2,
+            "num_ppo_epochs": 2,
+        }
         how |= {"response_length": p.new_tokens, "dataset_name": str(self.folder / "prompts.jsonl")}
         return ppo.train(ppo.PPOOptions(**{**self.lora(folder), **how, **rewarded}))
 
@@ -270,16 +278,20 @@ class Study:
         print(f"--- {method} {strength}: reward {point.reward:+.3f}, KL {point.kl:.2f}", flush=True)
         return point
 
-    def best_of(self, n: int) -> Point:
-        """The best of n completions of the SFT model, by the learned reward, scored by the true one."""
-        wanted = [(i, k) for i in range(len(self.prompts)) for k in range(n)]
+    def best_of(self, counts: Sequence[int]) -> list[Point]:
+        """The best of the first n completions of the SFT model, by the learned reward, scored by the true one."""
+        most = max(counts)
+        wanted = [(i, k) for i in range(len(self.prompts)) for k in range(most)]
         model = self.load(self.sft_model)
         samples = drawn(model, self.prompts, wanted, self.sampling(), self.seed, 1)
         judge = RewardModel(str(self.reward_model), self.tokenizer, model.device, 64)
-        scores = judge([self.prompts[i] for i, _ in wanted], samples)
-        best = [max(range(i * n, i * n + n), key=scores.__getitem__) for i in range(len(self.prompts))]
-        kl = math.log(n) - (n - 1) / n
-        return Point(self.seed, "best-of-n", f"n {n}", *mean_and_error(self.kind([samples[i] for i in best])), kl, 0.0)
+        learned, true = judge([self.prompts[i] for i, _ in wanted], samples), self.kind(samples)
+        points = []
+        for n in counts:
+            best = [max(range(first, first + n), key=learned.__getitem__) for first in range(0, len(samples), most)]
+            kl = math.log(n) - (n - 1) / n
+            points.append(Point(self.seed, "best-of-n", f"n {n}", *mean_and_error([true[i] for i in best]), kl, 0.0))
+        return points
 
     def kind(self, samples: Sequence[Sample]) -> list[float]:
         texts = [str(self.tokenizer.decode(sample.ids, skip_special_tokens=True)) for sample in samples]
