@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import groupby
 
 import datasets
 import pytest
@@ -451,6 +452,46 @@ def test_malformed_examples_are_named(tokenizer, tokenize, row, message):
     fine = {"prompt": "Is", "completion": " the film good?", "label": True}
     with pytest.raises(ValueError, match=message):
         tokenize([fine, row], tokenizer)
+
+
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "learned"),
+    [
+        ({"messages": TALK + TALK}, {}, ["Yes, it is good.</s>", "Yes, it is good.</s>"]),
+        ({"prompt": TALK + CHAT["prompt"], "completion": CHAT["rejected"]}, {}, ["No.</s>"]),
+        (
+            {"prompt": TALK + CHAT["prompt"], "completion": CHAT["rejected"]},
+            {"completion_only_loss": False},
+            ["Yes, it is good.</s>", "No.</s>"],
+        ),
+    ],
+)
+def test_what_the_assistant_says_is_learned(row, options, learned):
+    marked = byte_bpe(chat_template=MARKED)
+    (example,), _ = tokenize_examples([row], marked, assistant_only_loss=True, **options)
+    (whole,), _ = tokenize_examples([row], marked)
+    assert example.prompt_ids + example.completion_ids == whole.prompt_ids + whole.completion_ids
+    assert example.learned[0] and len(example.learned) == len(example.completion_ids)
+    said = [i if ok else None for i, ok in zip(example.completion_ids, example.learned, strict=True)]
+    runs = [marked.decode([*ids]) for some, ids in groupby(said, lambda i: i is not None) if some]
+    assert runs == learned and example.n_scored == sum(example.learned)
+
+
+def test_what_the_assistant_says_must_be_marked(tokenizer):
+    with pytest.raises(ValueError, match="row 0: assistant_only_loss needs a chat template that marks"):
+        tokenize_examples([{"messages": TALK}], tokenizer, assistant_only_loss=True)
+    with pytest.raises(ValueError, match="row 0: assistant_only_loss wants messages; got text"):
+        tokenize_examples([{"text": "a"}], tokenizer, assistant_only_loss=True)
+    rows = [{"messages": TALK}, {"messages": CHAT["prompt"]}]
+    _, report = tokenize_examples(rows, byte_bpe(chat_template=MARKED), assistant_only_loss=True)
+    assert report.dropped == {"no assistant token within max_length=1024": [1]}
 
 
 def test_a_completion_is_wanted_where_only_it_is_learned(tokenizer):

@@ -1,5 +1,7 @@
 """`sft`, `reward` and `kto` on a tiny random Llama: what they learn, how a step may be split, what is saved."""
 
+import json
+
 import pytest
 import torch
 
@@ -208,6 +210,40 @@ def test_refusals(recipe, wrong, message, tiny, tmp_path):
 def test_prompts_are_learned_if_asked(tiny, tmp_path, plain):
     outcome = train(options("sft", tiny, tmp_path, completion_only_loss=False, max_steps=1))
     assert outcome.before["eval_loss"] != pytest.approx(plain["sft"][1].before["eval_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_only_what_the_assistant_says_is_learned(tiny, tmp_path, padding_free):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }} <eos>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %} {% endfor %}"
+    )
+    talks = ["a b|good|c|very bad", "d|bad", "e f g|the good|h|film"]
+    rows = [
+        {
+            "messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(talk.split("|"))],
+            "chat_template_kwargs": {"chat_template": template},
+        }
+        for talk in talks
+    ]
+    data = tmp_path / "talks"
+    data.mkdir()
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"dataset_name": str(data), "dataset_test_split": "test", "assistant_only_loss": True, "max_steps": 1}
+    given |= {"per_device_train_batch_size": 3, "padding_free": padding_free, "logging_steps": 1}
+    outcome = train(options("sft", tiny, tmp_path / "run", **given))
+    model, losses = parameters("sft", tiny / "model"), []
+    for talk in talks:
+        turns = [[WORDS.index(word) for word in turn.split()] for turn in talk.split("|")]
+        said = [False, True] * len(turns)
+        turns = [ids + [1] * ok for ids, ok in zip(turns, said, strict=False)]
+        mask = torch.tensor([ok for ids, ok in zip(turns, said, strict=False) for _ in ids])
+        ids = torch.tensor([[i for turn in turns for i in turn]])
+        losses += F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")[mask[1:]].tolist()
+    assert outcome.before["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    first, *_ = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line)
+    assert first["loss"] == pytest.approx(outcome.before["eval_loss"], abs=1e-5)
 
 
 def test_the_kl_takes_answers_of_other_prompts(tiny):

@@ -1,6 +1,7 @@
 """A prompt and its completion, text or messages, to token ids; where a completion starts is TRL 1.16's rule."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,26 @@ def with_eos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def encode_chat(messages: Any, tokenizer: "PreTrainedTokenizerBase", where: str, **options: Any) -> list[int]:
+    return list(_through_template(messages, tokenizer, where, **options)["input_ids"])
+
+
+def encode_turns(
+    messages: Any, tokenizer: "PreTrainedTokenizerBase", where: str, **options: Any
+) -> tuple[list[int], list[bool]]:
+    """(ids of a conversation, whether the assistant said each), by the generation marks of its chat template."""
+    found = _through_template(messages, tokenizer, where, return_assistant_tokens_mask=True, **options)
+    mask = [bool(said) for said in found["assistant_masks"]]
+    template = options.get("chat_template") or tokenizer.get_chat_template(tools=options.get("tools"))
+    if not any(mask) and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        raise ValueError(
+            f"{where}: assistant_only_loss needs a chat template that marks what the assistant says; got one without "
+            "{% generation %} ... {% endgeneration %}. Add them around its answers in tokenizer.chat_template, or give "
+            "rows of prompt and completion"
+        )
+    return list(found["input_ids"]), mask
+
+
+def _through_template(messages: Any, tokenizer: "PreTrainedTokenizerBase", where: str, **options: Any) -> Any:
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None and "chat_template" not in options:
@@ -84,10 +105,9 @@ def encode_chat(messages: Any, tokenizer: "PreTrainedTokenizerBase", where: str,
             "or chat variant of the model, set tokenizer.chat_template, or give prompt and completions as text"
         )
     try:
-        encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except TemplateError as error:
         raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
-    return list(encoded["input_ids"])
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

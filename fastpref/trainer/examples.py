@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fastpref.trainer.data import split_pair
 from fastpref.trainer.data_files import place_of
 from fastpref.trainer.encode import (
+    common_prefix,
     encode,
     encode_chat,
     encode_text,
+    encode_turns,
     is_empty,
     kind_of,
     scored,
@@ -29,11 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A sequence prompt + completion as token ids; `desirable` is KTO's label."""
+    """A sequence prompt + completion as token ids."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    desirable: bool | None = None
+    desirable: bool | None = None  # KTO's label
+    learned: list[bool] | None = None  # which tokens of the completion are; None: all
 
     @property
     def n_tokens(self) -> int:
@@ -41,8 +44,9 @@ class Example:
 
     @property
     def n_scored(self) -> int:
-        """Completion tokens that are predicted."""
-        return scored(self.prompt_ids, self.completion_ids)
+        """Completion tokens that are predicted and learned."""
+        n = scored(self.prompt_ids, self.completion_ids)
+        return n if self.learned is None else sum(self.learned[len(self.completion_ids) - n :])
 
 
 @dataclass
@@ -95,7 +99,8 @@ def tokenize_examples(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int | None = 1024,
-    completion_only_loss: bool = False,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
     text_field: str = "text",
 ) -> tuple[list[Example], ExampleReport]:
     """Examples for `sft`, in the order of the rows, and a report of what was cut or dropped.
@@ -107,11 +112,14 @@ def tokenize_examples(
 
     Args:
         max_length: an example is cut to this many tokens, the start kept; None: no limit.
-        completion_only_loss: True: rows without a completion are refused.
+        completion_only_loss: True: rows without a completion are refused. False: only with assistant_only_loss, whose
+            answers then are those of the prompt too.
+        assistant_only_loss: of messages, what the assistant says is learned, as the chat template marks it; text is
+            refused.
         text_field: the column that holds text.
     Raises:
-        ValueError: a malformed row (named by file and line, or its index), messages without a chat template, a
-            tokenizer without EOS, no row left, or max_length < 2.
+        ValueError: a malformed row (named by file and line, or its index), messages without a chat template or, with
+            assistant_only_loss, its marks, a tokenizer without EOS, no row left, or max_length < 2.
     """
     fn = "tokenize_examples"
     kept = _Kept(fn, max_length)
@@ -121,7 +129,11 @@ def tokenize_examples(
             raise ValueError(f"{where} must be a mapping; got {type(row).__name__}")
         if row.get("prompt") is not None or row.get("completion") is not None:
             prompt, completion = _prompt_and_completion(row, where)
-            kept.add(index, prompt, completion, tokenizer, row, where)
+            if not assistant_only_loss:
+                kept.add(index, prompt, completion, tokenizer, row, where)
+            else:
+                whole = _turns(prompt, completion, tokenizer, row, where, prompt_too=completion_only_loss is False)
+                kept.keep(index, whole, False)
             continue
         if completion_only_loss:
             raise ValueError(f"{where}: completion_only_loss wants prompt and completion; got {', '.join(row)}")
@@ -130,6 +142,8 @@ def tokenize_examples(
         kind = kind_of(name, content, where)
         if is_empty(content):  # type: ignore[arg-type]  # kind_of refused all else
             kept.drop(index, f"{'an empty text' if kind == 'text' else 'an empty conversation'}")
+        elif assistant_only_loss:
+            kept.keep(index, _turns([], content, tokenizer, row, where), False)
         elif kind == "text":
             kept.keep(index, Example([], with_eos(encode_text(str(content), tokenizer), tokenizer)), False)
         else:
@@ -200,9 +214,11 @@ class _Kept:
     def keep(self, index: int, whole: Example, shifted: bool) -> None:
         """Keeps an example, cut, unless nothing of it is predicted."""
         room = None if self.max_length is None else max(self.max_length - len(whole.prompt_ids), 0)
-        example = replace(whole, completion_ids=whole.completion_ids[:room])
+        learned = None if whole.learned is None else whole.learned[:room]
+        example = replace(whole, completion_ids=whole.completion_ids[:room], learned=learned)
         if not example.n_scored:
-            self.drop(index, f"no completion token within max_length={self.max_length}")
+            what = "completion" if whole.learned is None else "assistant"
+            self.drop(index, f"no {what} token within max_length={self.max_length}")
             return
         self.report.rows += 1
         self.examples.append(example)
@@ -221,6 +237,28 @@ class _Kept:
         report.prompt_tokens = sum(len(e.prompt_ids) for e in self.examples) / n
         report.completion_tokens = sum(len(e.completion_ids) for e in self.examples) / n
         return self.examples, report
+
+
+def _turns(
+    prompt: Any,
+    completion: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    row: Mapping[str, Any],
+    where: str,
+    *,
+    prompt_too: bool = True,
+) -> Example:
+    """What the assistant says first, and all that follows, as a completion of which its tokens are learned."""
+    if isinstance(completion, str):
+        raise ValueError(f"{where}: assistant_only_loss wants messages; got text")
+    options = template_options(row, where)
+    ids, said = encode_turns(prompt + completion, tokenizer, where, **options)
+    if not prompt_too:
+        alone = encode_chat(prompt, tokenizer, where, add_generation_prompt=True, **options)
+        before = common_prefix(alone, ids)
+        said = [False] * before + said[before:]
+    start = said.index(True) if True in said else len(ids)
+    return Example(ids[:start], ids[start:], learned=said[start:])
 
 
 def _prompt_and_completion(row: Any, where: str) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ Option names and defaults are those of TRL's SFTConfig.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref import linear_cross_entropy
 from fastpref.trainer.batches import my_batches, of_all
-from fastpref.trainer.collate import PromptAndCompletion
+from fastpref.trainer.collate import IGNORE_INDEX, PromptAndCompletion
 from fastpref.trainer.command import run_command
 from fastpref.trainer.config import option
 from fastpref.trainer.demo import demo_pairs
@@ -47,6 +48,9 @@ class SFTOptions(TrainOptions):
 
     completion_only_loss: bool | None = option(
         None, "false: learn prompts too; true: rows must have a completion; none: completions where there are any"
+    )
+    assistant_only_loss: bool = option(
+        False, "of conversations, learn what the assistant says: the chat template must mark it (generation)"
     )
     dataset_text_field: str = option("text", "the column of plain text")
     label_smoothing: float = option(0.0, "share of probability spread evenly over the vocabulary, in [0, 1)")
@@ -101,7 +105,8 @@ def load_examples(
             tokenize_examples,
             tokenizer=tokenizer,
             max_length=options.max_length,
-            completion_only_loss=bool(options.completion_only_loss),
+            completion_only_loss=options.completion_only_loss,
+            assistant_only_loss=options.assistant_only_loss,
             text_field=options.dataset_text_field,
         ),
         demo=lambda held_out: demo_examples(options.seed, held_out),
@@ -117,13 +122,24 @@ def demo_examples(seed: int, held_out: int) -> tuple[list[dict[str, str]], list[
 
 def sequence_of(options: SFTOptions, example: Example) -> PromptAndCompletion:
     """The example with what is learned as its completion."""
-    if options.completion_only_loss is False:
+    if options.completion_only_loss is False and example.learned is None:
         return [], example.prompt_ids + example.completion_ids
     return example.prompt_ids, example.completion_ids
 
 
 def tokens_to_learn(options: SFTOptions, example: Example) -> int:
-    return scored(*sequence_of(options, example))
+    return scored(*sequence_of(options, example)) if example.learned is None else example.n_scored
+
+
+def learned_of(targets: Tensor, learned: Sequence[list[bool] | None], counts: Sequence[int]) -> Tensor:
+    """The targets with -100 at those that are not learned; counts[i] of them are the last of sequence i."""
+    if not any(learned):
+        return targets
+    marks = [[True] * n if mask is None else mask[len(mask) - n :] for mask, n in zip(learned, counts, strict=True)]
+    keep = torch.tensor([*chain.from_iterable(marks)], device=targets.device)
+    found = targets.clone()
+    found[targets != IGNORE_INDEX] = targets[targets != IGNORE_INDEX].where(keep, IGNORE_INDEX)
+    return found
 
 
 def loss_of_batch(
@@ -132,13 +148,15 @@ def loss_of_batch(
     """The loss of the examples at `batch`: their tokens' sum over num_items, or without it their mean."""
     o = run.options
     sequences = [sequence_of(o, examples[i]) for i in batch]
-    tokens = sum(scored(*sequence) for sequence in sequences)
+    counts = [scored(*sequence) for sequence in sequences]
+    learned = [examples[i].learned for i in batch]
+    tokens = sum(tokens_to_learn(o, examples[i]) for i in batch)
 
     def head(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return linear_cross_entropy(
             hidden,
             weight,
-            targets,
+            learned_of(targets, learned, counts),
             num_items=num_items,
             label_smoothing=o.label_smoothing,
             return_metrics=True,
