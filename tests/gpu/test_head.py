@@ -146,6 +146,7 @@ def test_gradients_of_a_real_size():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_every_time_and_beside_any_rows(dtype):
+    torch.use_deterministic_algorithms(False)
     args = peaked(700, 1024, 50257, dtype)
     args["targets"][100:200] = args["targets"][0]  # rows of one label add up in one place
     leaves = [args[name].requires_grad_() for name in ("hidden", "weight")]
@@ -164,11 +165,34 @@ def test_same_bits_every_time_and_beside_any_rows(dtype):
         assert_same_bits(first[0][part], linear_logps(**few, workspace=2**25))
 
 
-def test_shared_rows_the_same_bits_every_time():
+def test_losses_have_the_same_bits_every_time():
+    torch.use_deterministic_algorithms(False)  # which would put other sums in the place of those by atomics
+    args = peaked(8 * 500, 256, 4099)
+    args["hidden"], args["targets"] = args["hidden"].view(8, 500, 256), args["targets"].view(8, 500)
+    leaves = [args[name].requires_grad_() for name in ("hidden", "weight")]
+
+    def run():
+        found = []
+        for out in (
+            linear_preference_loss(**args, ref_logps=torch.zeros(8, device="cuda")),
+            linear_policy_loss(**args, advantages=torch.ones(8, device="cuda"), loss_type="gspo"),
+        ):
+            found += [out.loss, *torch.autograd.grad(out.loss, leaves)]
+        return found
+
+    first = run()
+    for _ in range(3):
+        for one, other in zip(first, run(), strict=True):
+            assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_shared_rows_the_same_bits_every_time(trained):
+    torch.use_deterministic_algorithms(False)
     args = peaked(64, 512, 4099)
     rows = torch.randint(64, (700,), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     args["targets"] = args["targets"][rows]
-    args["hidden"].requires_grad_()
+    args["hidden"].requires_grad_(), args["weight"].requires_grad_(trained)
     run = [torch.autograd.grad(linear_logps(**args, rows=rows), args["hidden"], upstream(700).cuda()) for _ in range(3)]
     assert_same_bits(run[0][0], run[1][0])
     assert_same_bits(run[0][0], run[2][0])

@@ -213,7 +213,10 @@ def test_selective_logps(checked, monkeypatch, name, dtype):
 
 
 class NoWait(TorchDispatchMode):
-    """Refuses what makes the host wait for the device: values read, and shapes that depend on them."""
+    """Refuses what makes the host wait for the device: values read, and shapes that depend on them.
+
+    And what CUDA adds up in any order: float sums by an index that repeats.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
@@ -222,6 +225,8 @@ class NoWait(TorchDispatchMode):
         )
         if name in ("aten::index.Tensor", "aten::index_put", "aten::index_put_"):
             assert not any(x is not None and x.dtype == torch.bool for x in args[1]), f"{name} by a mask"
+        if name.startswith(("aten::index_add", "aten::scatter_add")) and args[0].is_floating_point():
+            assert args[2].unique().numel() == args[2].numel(), f"{name} of floats, in any order"
         return function(*args, **(kwargs or {}))
 
 
@@ -259,6 +264,7 @@ def test_host_never_waits_for_a_loss_in_one_chunk(small_tiles, monkeypatch):
     args["hidden"].requires_grad_(), args["weight"].requires_grad_()
     with NoWait():
         linear_preference_loss(**args, ref_logps=torch.zeros(6), backend="triton").loss.backward()
+        linear_policy_loss(**args, advantages=torch.ones(6), loss_type="gspo", backend="triton").loss.backward()
 
 
 def test_compiles_whole(small_tiles):
