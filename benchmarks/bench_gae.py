@@ -12,4 +12,4 @@ from fastpref.benchmarks.gae import CONTENDERS, MASKS, SHAPES, case
 @pytest.mark.parametrize("name", [name for name in CONTENDERS if name.startswith("fastpref")])
 def test_gae(benchmark: Any, name: str, shape: tuple[int, int], masks: str) -> None:
     benchmark.group = f"{shape}, {masks}"
-    benchmark(CONTENDERS[name], *case(*shape, masks, "cpu"))
+    benchmark(CONTENDERS[name](*case(*shape, masks, "cpu")))

@@ -7,11 +7,15 @@ The bound: rewards, values and mask are read, advantages and returns written, 17
 torch.add of fp32 moves 12 an element, so it gets 17 / 12 as many elements, and an output that is there already.
 `verl` and `OpenRLHF` are the loops over time of those projects, written again: compute_gae_advantage_return of verl's
 core_algos.py, which whitens (ours beside it is "fastpref, whitened"), and get_advantages_and_returns of OpenRLHF's
-experience_maker.py. `torchrl` is its vectorised estimate, which knows no mask. Every answer is compared with float64
-before it is timed; one that is another by design says so.
+experience_maker.py. `torchrl` is its vectorised estimate, `rlox` its Rust scan of numpy arrays, `pufferlib` the C++
+loop of its V-trace with every ratio 1, which reads the reward of step t at t + 1. The three know no mask; an episode
+that ends with the last live step gives the same, but not where masked steps stand between live ones. What a peer wants
+its inputs to look like is made before the clock starts. Every answer is compared with float64 before it is timed; one
+that is another by design says so.
 """
 
 import argparse
+import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +41,7 @@ COLUMNS = (
     ("error", "error", ".1e"),
 )
 Answer = tuple[Tensor, Tensor]  # advantages and returns
+Call = Callable[[], Answer]
 Case = tuple[Tensor, Tensor, Tensor | None]  # rewards, values, mask
 
 
@@ -82,18 +87,64 @@ def _openrlhf(rewards: Tensor, values: Tensor, mask: Tensor | None) -> Answer:
     return advantages, advantages + values
 
 
-def _torchrl(rewards: Tensor, values: Tensor, mask: Tensor | None) -> Answer:
+def ends(rewards: Tensor, mask: Tensor | None) -> Tensor:
+    """Where an episode ends, for who knows no mask: at the last live step of a row."""
+    last = torch.zeros_like(rewards, dtype=torch.bool)
+    if mask is None:
+        last[:, -1] = True
+        return last
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return last.scatter(1, (position * mask).argmax(1, keepdim=True), True)
+
+
+def _torchrl(rewards: Tensor, values: Tensor, mask: Tensor | None) -> Call:
+    # torchrl 0.14.1, objectives/value/functional.py
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
-    def column(x: Tensor) -> Tensor:
-        return x[..., None]
-
-    done = torch.zeros_like(rewards, dtype=torch.bool)
     next_values = torch.cat((values[:, 1:], torch.zeros_like(values[:, :1])), dim=1)
-    advantages, returns = vec_generalized_advantage_estimate(
-        GAMMA, LAM, column(values), column(next_values), column(rewards), column(done), column(done)
-    )
-    return advantages[..., 0], returns[..., 0]
+    done = ends(rewards, mask)
+    columns = [x[..., None].contiguous() for x in (values, next_values, rewards, done, done)]
+
+    def call() -> Answer:
+        advantages, returns = vec_generalized_advantage_estimate(GAMMA, LAM, *columns)
+        return advantages[..., 0], returns[..., 0]
+
+    return call
+
+
+def _rlox(rewards: Tensor, values: Tensor, mask: Tensor | None) -> Call:
+    # rlox 1.2.0, compute_gae_batched_f32: rows one after the other
+    _needs_cpu("rlox", rewards)
+    from rlox import compute_gae_batched_f32
+
+    rows, steps = rewards.shape
+    flat = [x.float().flatten().numpy() for x in (rewards, values, ends(rewards, mask), rewards.new_zeros(rows))]
+
+    def call() -> Answer:
+        advantages, returns = compute_gae_batched_f32(*flat, steps, GAMMA, LAM)
+        return torch.from_numpy(advantages).view(rows, steps), torch.from_numpy(returns).view(rows, steps)
+
+    return call
+
+
+def _pufferlib(rewards: Tensor, values: Tensor, mask: Tensor | None) -> Call:
+    # pufferlib 3.0.0, extensions/pufferlib.cpp: advantages into a tensor that is there
+    importlib.import_module("pufferlib._C")
+    rows, steps = rewards.shape
+    state, earned, done, out = rewards.new_zeros(4, rows, steps + 1)
+    state[:, :-1], earned[:, 1:], done[:, 1:] = values, rewards, ends(rewards, mask)
+    ratios = torch.ones_like(state)
+
+    def call() -> Answer:
+        torch.ops.pufferlib.compute_puff_advantage(state, earned, done, ratios, out, GAMMA, LAM, 1.0, 1.0)
+        return out[:, :-1], out[:, :-1] + values
+
+    return call
+
+
+def _needs_cpu(name: str, given: Tensor) -> None:
+    if given.device.type != "cpu":
+        raise Absent(f"{name} works on numpy arrays")
 
 
 def _fastpref(rewards: Tensor, values: Tensor, mask: Tensor | None, whiten: bool = False) -> Answer:
@@ -107,15 +158,19 @@ def _torch(rewards: Tensor, values: Tensor, mask: Tensor | None) -> Answer:
 
 
 WHITENED = ("fastpref, whitened", "verl")
-CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Answer]] = {
-    "fastpref": _fastpref,
-    "fastpref, whitened": partial(_fastpref, whiten=True),
-    "fastpref's torch": _torch,
-    "verl": _verl,
-    "OpenRLHF": _openrlhf,
+# of a case: what the clock runs over
+CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Call]] = {
+    "fastpref": partial(partial, _fastpref),
+    "fastpref, whitened": partial(partial, _fastpref, whiten=True),
+    "fastpref's torch": partial(partial, _torch),
+    "verl": partial(partial, _verl),
+    "OpenRLHF": partial(partial, _openrlhf),
     "torchrl": _torchrl,
+    "rlox": _rlox,
+    "pufferlib": _pufferlib,
 }
 LOOPS = ("verl", "OpenRLHF")
+UNMASKED = ("torchrl", "rlox", "pufferlib")
 
 
 def error(found: Answer, given: Case, whitened: bool) -> float:
@@ -135,9 +190,9 @@ def error(found: Answer, given: Case, whitened: bool) -> float:
 def measure(name: str, given: Case, masks: str, rounds: int) -> Row:
     if name == "OpenRLHF" and masks == "random":
         raise Absent("a masked step inside a row counts as a step of reward and value 0")
-    if name == "torchrl" and masks != "none":
-        raise Absent("it knows no mask")
-    call = partial(CONTENDERS[name], *given)
+    if name in UNMASKED and masks == "random":
+        raise Absent("it knows no mask inside an episode")
+    call = CONTENDERS[name](*given)
     off = error(call(), given, name in WHITENED)
     if not off <= ALLOWED:
         raise WrongAnswer(f"error {off:.1e}")
@@ -151,7 +206,7 @@ def measure(name: str, given: Case, masks: str, rounds: int) -> Row:
 def tabulate(
     shapes: Sequence[tuple[int, int]], masks: Sequence[str], device: str, rounds: int, json: Path | None
 ) -> list[Row]:
-    table = Table("gae", COLUMNS, ("torch", "torchrl"), json)
+    table = Table("gae", COLUMNS, ("torch", "torchrl", "rlox", "pufferlib"), json)
     for rows, steps in shapes:
         for name in masks:
             table.heading(f"{rows} rows of {steps} steps, mask: {name}, on {device}")
@@ -164,7 +219,7 @@ def tabulate(
 
 def run(settings: Settings) -> list[Row]:
     """The suite of `fastpref bench`."""
-    shapes, masks, rounds = (SHAPES[:1], MASKS[1:2], 5) if settings.quick else (SHAPES, MASKS, 20)
+    shapes, masks, rounds = (SHAPES[:1], MASKS[:2], 5) if settings.quick else (SHAPES, MASKS, 20)
     return tabulate(shapes, masks, settings.device, rounds, settings.json)
 
 

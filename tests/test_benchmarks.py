@@ -271,21 +271,36 @@ def test_accuracy():
 
 
 def test_gae_against_the_loops_of_others(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchrl", None)  # as if it were not installed
+    for name in gae.UNMASKED:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     gae.main(["--shapes", "8x40", "--rounds", "2", "--json", str(tmp_path / "rows.jsonl")])
     found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(found) == len(gae.MASKS) * len(gae.CONTENDERS)
     reasons = {(row["contender"], row["mask"]): row["reason"] for row in found if "reason" in row}
-    assert set(reasons) == {("OpenRLHF", "random"), *(("torchrl", name) for name in gae.MASKS)}
+    absent = {(name, masks) for name in gae.UNMASKED for masks in gae.MASKS}
+    assert set(reasons) == {("OpenRLHF", "random"), *absent}
     for row in found:
         if "reason" not in row:
             assert row["error"] <= 1e-6 and row["us"] > 0 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
 
 
 def test_a_wrong_gae_is_not_timed(monkeypatch):
-    monkeypatch.setitem(gae.CONTENDERS, "verl", lambda *given: [1.001 * x for x in gae._verl(*given)])
+    monkeypatch.setitem(gae.CONTENDERS, "verl", lambda *given: lambda: [1.001 * x for x in gae._verl(*given)])
     (row,) = (r for r in gae.tabulate([(4, 20)], ["none"], "cpu", 1, None) if r["contender"] == "verl")
     assert row["reason"].startswith("wrong: error") and "us" not in row
+
+
+@pytest.mark.parametrize("masks", ["none", "completions"])
+@pytest.mark.parametrize("name", gae.UNMASKED)
+def test_gae_of_who_knows_no_mask(name, masks):
+    pytest.importorskip("pufferlib._C" if name == "pufferlib" else name)
+    assert gae.measure(name, gae.case(8, 40, masks, "cpu"), masks, 1)["error"] <= gae.ALLOWED
+
+
+def test_an_episode_ends_with_its_last_live_step():
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    assert gae.ends(torch.zeros(2, 4), mask).tolist() == [[False, False, True, False], [False, False, False, True]]
+    assert gae.ends(torch.zeros(2, 4), None)[:, -1].all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
