@@ -140,6 +140,8 @@ def test_ablation_predicts_before_it_measures(monkeypatch):
     }
     assert found["exponentials"]["predicted"] > 1
     assert all(row["seconds"] > 0 and row["ratio_min"] <= row["ratio"] for row in found.values())
+    verdicts = [ablation.judged(2.0, {"ratio": ratio})["verdict"] for ratio in (1.5, 1.7, 2.3, 2.5)]
+    assert verdicts == ["missed", "met", "met", "missed"]
 
 
 @pytest.fixture
