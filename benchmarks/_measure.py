@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,12 @@ def provenance(packages: Sequence[str] = ("torch",)) -> Row:
     root = Path(__file__).resolve().parents[1]
     commit = ""
     if (root / ".git").exists() and (root / "csrc").exists() and shutil.which("git"):  # not installed somewhere
-        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+        git = partial(subprocess.run, cwd=root, capture_output=True, text=True)
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        # results and words may change while a run writes them; what runs may not
+        what = [".", ":!benchmarks/results", ":!*.md"]
+        if git(["git", "status", "--porcelain", "--untracked-files=no", "--", *what]).stdout:
+            commit += "-dirty"
     listed = Path("/proc/cpuinfo")
     cpu = listed.read_text() if listed.exists() else ""
     model = next((line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line), platform.machine())

@@ -3,7 +3,7 @@
 A ratio is a step over the bare products timed in the same rounds, so it holds across machines better than seconds do;
 still it belongs to a processor's kernel (avx2, avx512, avx512bf16, amx) and a number of threads, and each has its own
 rows; a machine without any fails, so that nothing passes for being unknown. `--update` (of
-python -m fastpref.benchmarks.check) writes this machine's rows.
+python -m fastpref.benchmarks.check) writes what the committed rows of `fastpref bench head` say, and measures nothing.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastpref.benchmarks import head
+from fastpref.benchmarks import head, readme
 from fastpref.benchmarks._measure import Row
 from fastpref.benchmarks._settings import Settings
 
@@ -28,6 +28,18 @@ def key(row: Row) -> str:
     return " ".join(str(row[name]) for name in ("kernel", "threads", "loss", "head", "model", "dtype"))
 
 
+def measured() -> dict[str, float]:
+    """Of the committed rows of what is checked, the last of each."""
+    shapes, dtypes = [shape.model for shape in WHAT.shapes], [str(dtype)[6:] for dtype in WHAT.dtypes]
+    return {
+        key(row): round(row["ratio"], 3)
+        for row in readme.committed()
+        if row["benchmark"] == "head" and row["contender"] == "fastpref" and "gpu" not in row and "ratio" in row
+        if row["loss"] in WHAT.losses and row["model"] in shapes and row["dtype"] in dtypes
+        if row.get("inputs") != "real"
+    }
+
+
 def worse(rows: Sequence[Row], baseline: dict[str, float], tolerance: float = TOLERANCE) -> list[str]:
     """A line for each row whose ratio is above its baseline by more than `tolerance`."""
     return [
@@ -39,14 +51,11 @@ def worse(rows: Sequence[Row], baseline: dict[str, float], tolerance: float = TO
 
 def main(arguments: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="write this machine's rows to baseline.json")
-    chosen = parser.parse_args(arguments)
-    rows = head.run(WHAT)
-    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
-    if chosen.update:
-        baseline |= {key(row): round(row["ratio"], 3) for row in rows}
-        BASELINE.write_text(json.dumps(dict(sorted(baseline.items())), indent=1) + "\n")
+    parser.add_argument("--update", action="store_true", help="write the committed rows' ratios to baseline.json")
+    if parser.parse_args(arguments).update:
+        BASELINE.write_text(json.dumps(dict(sorted(measured().items())), indent=1) + "\n")
         return 0
+    rows, baseline = head.run(WHAT), json.loads(BASELINE.read_text())
     known, lines = sum(key(row) in baseline for row in rows), worse(rows, baseline)
     print(f"\n{known} of {len(rows)} ratios have a baseline here, {len(lines)} are more than {TOLERANCE:.0%} above it")
     print("\n".join(lines))

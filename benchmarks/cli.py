@@ -9,6 +9,7 @@ Suites: head (log-probs, SFT, DPO, KTO, PPO and GRPO), selective (log-probs from
 (against float64), memory (the longest sequence that fits), scaling (cost as N, V and T grow), ablation (each
 optimisation off), trainer (whole DPO steps beside TRL's; fetches a model). Every contender's answer is checked before
 it is timed. Peers that are not installed are named as such; pip install 'fastpref[bench]' has most of them.
+benchmarks/run_cpu.sh makes every committed figure of a CPU, README's table and the plot.
 
 Inputs are peaked, as a model's are, and half of each sequence is prompt: random hidden states make every softmax flat,
 and then whoever skips small probabilities skips everything. --inputs real takes hidden states of SmolLM2-135M over
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--pairs", type=int, help="sequences are twice as many; none: what fits")
     found.add_argument("--length", type=int, help="of a sequence, the first half prompt; none: what fits")
     found.add_argument("--rounds", type=int, help="of timing; 5, or 3 with --quick")
+    found.add_argument(
+        "--longest", type=float, help="seconds for all rounds of one contender of the head suite; 60, or 3"
+    )
     found.add_argument("--memory-gib", type=float, default=1.0, help="of the memory suite")
     found.add_argument("--inputs", choices=["peaked", "real"], default="peaked", help="of the head suite")
     found.add_argument("--quick", action="store_true", help="smaller, bfloat16 only, less of everything")
@@ -98,6 +102,7 @@ def settings_of(chosen: argparse.Namespace) -> Settings:
         heads=chosen.head,
         contenders=chosen.contenders,
         rounds=chosen.rounds or (3 if chosen.quick else 5),
+        longest=chosen.longest or (3.0 if chosen.quick else 60.0),
         pairs=chosen.pairs,
         length=chosen.length,
         memory_gib=chosen.memory_gib,

@@ -8,10 +8,12 @@ lowest and highest of the rounds beside it.
 
 Every contender's answer is compared with float64 on the same rounded inputs first, Frobenius and relative for
 gradients; one that is off by more than WRONG is not timed. `extra MiB`: torch's allocations alive at once beyond the
-inputs, the returned gradients among them. `tokens/s` counts completion tokens. With --quick the
-first table has every contender, the later ones leave out who is compiled before a first call, or slow.
+inputs, the returned gradients among them. `tokens/s` counts completion tokens. Whose step takes over SLOWEST seconds is
+named, and not called again in later tables. With --quick the first table has every contender, the later ones leave out
+who is compiled before a first call, or slow.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +55,7 @@ COLUMNS = (
 # move across the edge of the clip, and gradients by a tenth
 WRONG = {torch.float32: 1e-3, torch.float16: 0.3, torch.bfloat16: 0.3}
 SLOW = 20  # times its bound: what --quick does not wait for twice
+SLOWEST = 20.0  # seconds of one step
 
 
 @dataclass(frozen=True)
@@ -146,10 +149,14 @@ def measure(name: str, case: Case) -> Row:
     if name in COMPILED:
         call()
     answers: list[tuple[float, list[Tensor]]] = []
+    start = time.perf_counter()
     extra = allocated(lambda: answers.append(call()))
+    spent = time.perf_counter() - start
     row = errors(answers.pop(), case.true, case.inputs.live)
     refuse_wrong(row, case.inputs.weight.dtype)
     row["extra_MiB"] = extra / MIB
+    if spent > SLOWEST:
+        return row | {"reason": f"not timed: a step took {spent:.0f} s", "too_slow": True}
     row |= against(case.bare, call, case.rounds, case.longest, warm=True)
     row["positions"] = case.inputs.targets.numel() if contender.all_positions else len(case.inputs.live)
     return row | {"tokens_per_s": len(case.inputs.live) / row["seconds"]}
@@ -191,7 +198,11 @@ def fill(table: Table, case: Case, settings: Settings, contenders: Sequence[str]
     if case.true is not None:
         title += "\nentropy {entropy:.1f} nats, targets up to {gap:.0f} below the maximum"
     table.heading(title.format(**about))
+    too_slow = {row["contender"]: row["reason"] for row in table.rows if "too_slow" in row}
     for name in contenders or settings.contenders or CONTENDERS:
         if case.loss not in LOSSES_ONLY.get(name, LOSSES):
             continue
-        table.add({"contender": name, **about, **or_reason(name, partial(measure, name, case))})
+        if name in too_slow:
+            table.add({"contender": name, **about, "reason": f"{too_slow[name]} in an earlier table"})
+        else:
+            table.add({"contender": name, **about, **or_reason(name, partial(measure, name, case))})

@@ -66,16 +66,22 @@ def panels(rows: Sequence[Row]) -> list[Callable[[Any], None]]:
 
 
 def bars(rows: Sequence[Row], key: str, title: str, form: str, mark: float | None = None) -> Callable[[Any], None]:
-    """Horizontal, from zero, the best on top; `mark` is a line."""
+    """Horizontal, from zero, the best on top; `mark` is a line. One that would dwarf the others is cut, and says so."""
 
     def panel(axes: Any) -> None:
         ordered = sorted(rows, key=lambda row: row[key], reverse=key != "tokens")  # drawn from the bottom
         names, values = [row["contender"] for row in ordered], [row[key] for row in ordered]
-        drawn = axes.barh(names, values, color=[OURS if name.startswith("fastpref") else OTHER for name in names])
+        *_, second, largest = 0, *sorted(values)
+        end = 1.5 * second if key != "tokens" and largest > 2 * second > 0 else largest
+        colors = [OURS if name.startswith("fastpref") else OTHER for name in names]
+        drawn = axes.barh(names, [min(value, end) for value in values], color=colors)
         at_least = ["≥ " if row.get("at_least") else "" for row in ordered]
-        labels = [f"{sign}{value:{form}}" for sign, value in zip(at_least, values, strict=True)]
+        labels = [
+            f"{sign}{value:{form}}{' (bar cut)' if value > end else ''}"
+            for sign, value in zip(at_least, values, strict=True)
+        ]
         axes.bar_label(drawn, labels, padding=3, fontsize=8)
-        axes.set_xlim(0, 1.15 * max(values))
+        axes.set_xlim(0, 1.25 * end)
         axes.set_xticks([])
         if mark is not None:
             axes.axvline(mark, color="black", linewidth=0.8, linestyle=":")

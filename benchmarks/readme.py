@@ -1,7 +1,7 @@
 """README's table and plot of measurements, from the committed rows: python -m fastpref.benchmarks.readme [README.md].
 
-It stands between two comments in README.md and is never typed. Rows are those of `fastpref bench --json` in results/;
-of two rows for the same thing the later one counts.
+It stands between two comments in README.md and is never typed; all tables stand in results/README.md. Rows are those of
+`fastpref bench --json` in results/; of two rows for the same thing the later one counts.
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastpref.benchmarks import tables
 from fastpref.benchmarks._inputs import Shape
 from fastpref.benchmarks._measure import Row
 from fastpref.benchmarks.plot import draw
@@ -38,16 +39,22 @@ OTHERS = {  # heading: (loss, head), what the words say
     "PPO": (("ppo", "trained"), "PPO"),
     "SFT": (("sft", "trained"), "SFT"),
 }
+STEPS = {  # of the table of other heads: (loss, head)
+    "DPO": ("dpo", "trained"),
+    "DPO, frozen head": ("dpo", "frozen"),
+    "PPO": ("ppo", "trained"),
+    "PPO, frozen head": ("ppo", "frozen"),
+}
 LONGEST, PLOT = "longest pair", "bench_cpu.png"
 AGAIN = "Again on your machine: `fastpref bench --quick`, or `fastpref bench head memory` for these figures."
 
 
 def committed() -> list[Row]:
-    """All rows of the suites shown, in the order of their files' names; those of an earlier script first."""
+    """All rows of what tables.GROUPS names, in the order of their files' names; those of an earlier script first."""
     files = sorted(RESULTS.rglob("*.jsonl"))
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     rows.sort(key=lambda row: row["benchmark"] != "head_cpu")
-    return [complete(row) for row in rows if row["benchmark"] in ("head", "head_cpu", "memory", "scaling", "accuracy")]
+    return [complete(row) for row in rows if row["benchmark"] in ("head_cpu", *tables.GROUPS)]
 
 
 def complete(row: Row) -> Row:
@@ -62,7 +69,7 @@ def complete(row: Row) -> Row:
 def section(rows: Sequence[Row]) -> str:
     """What stands between the two comments."""
     of_cpu, of_gpu = ([row for row in rows if ("gpu" in row) == gpu] for gpu in (False, True))
-    parts = [part for some in (of_cpu, of_gpu) for make in (table, accuracy) if (part := make(some))]
+    parts = [part for some in (of_cpu, of_gpu) for make in (table, elsewhere, accuracy) if (part := make(some))]
     if (RESULTS / PLOT).exists():
         parts.append(f"![The same steps: time, memory](benchmarks/results/{PLOT})")
     return "\n\n".join(parts if of_gpu else [*parts, "On a GPU: not measured."])
@@ -101,6 +108,41 @@ def table(rows: Sequence[Row]) -> str:
     cells = [shown, ["---"] * len(shown), *([line[heading] for heading in shown] for line in lines)]
     drawn = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([*drawn, "", *words(measured, [row for row in steps.values() if "reason" in row], shown)])
+
+
+def elsewhere(rows: Sequence[Row]) -> str:
+    """Times the bound on other heads and in other dtypes: ours, the best peer's and eager's; "" without such rows."""
+    ratios: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    heads: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        what, on = (row.get("loss", ""), row.get("head", "")), (row.get("model", ""), row.get("dtype", ""))
+        if row["benchmark"] != "head" or what not in STEPS.values() or on == (MODEL, DTYPE):
+            continue
+        if "ratio" in row and row.get("inputs") != "real":
+            ratios.setdefault((*on, *what), {})[row["contender"]] = row["ratio"]
+            heads[on] = row
+    if not heads:
+        return ""
+    cells = [["x bound", *STEPS], ["---"] * (1 + len(STEPS))]
+    for on, row in heads.items():
+        found = [ratios.get((*on, *what), {}) for what in STEPS.values()]
+        name = on[0] if on[0] == f"{row['H']}x{row['V']}" else f"{on[0]}, {row['H']}x{row['V']}"
+        cells.append([f"{name}, {on[1]}", *(beside(step) for step in found)])
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    tokens = ", ".join(f"{n:,}" for n in dict.fromkeys(row["tokens"] for row in heads.values()))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in heads.values()))
+    words = f"Other heads and dtypes, {tokens} scored tokens: fastpref, the best peer, eager PyTorch; {commits}."
+    return "\n".join([*lines, "", words])
+
+
+def beside(step: dict[str, float]) -> str:
+    """ "**0.98**, Cut Cross-Entropy 1.10, eager 2.50"; "" where we were not measured."""
+    if "fastpref" not in step:
+        return ""
+    peers = {name: ratio for name, ratio in step.items() if name not in ("fastpref", "naive")}
+    best = min(peers, key=lambda name: peers[name], default=None)
+    parts = [f"**{step['fastpref']:.2f}**", *([f"{NAMES[best]} {peers[best]:.2f}"] if best else [])]
+    return ", ".join([*parts, *([f"eager {step['naive']:.2f}"] if "naive" in step else [])])
 
 
 def accuracy(rows: Sequence[Row]) -> str:
@@ -174,8 +216,9 @@ def replaced(readme: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     file = Path(arguments[0] if arguments else "README.md")
-    rows = [row for row in committed() if "gpu" not in row and row.get("model") == MODEL and row["dtype"] == DTYPE]
-    draw(rows, RESULTS / PLOT)
+    rows = committed()
+    draw([r for r in rows if "gpu" not in r and (r.get("model"), r.get("dtype")) == (MODEL, DTYPE)], RESULTS / PLOT)
+    (RESULTS / "README.md").write_text(tables.page(rows))
     file.write_text(replaced(file.read_text()))
 
 

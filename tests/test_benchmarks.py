@@ -24,6 +24,7 @@ from fastpref.benchmarks import (
     readme,
     scaling,
     selective,
+    tables,
 )
 from fastpref.benchmarks._inputs import MODELS, Shape, batch
 from fastpref.benchmarks._peers import CONTENDERS, Contender, load, naive_logps
@@ -150,17 +151,19 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     monkeypatch.setattr(readme, "MODEL", "32x1003")
     table = _measure.Table("memory", (), _peers.PACKAGES, tmp_path / "bench_cpu.jsonl")
-    head.run(TINY.but(losses=("dpo", "ppo"), dtypes=(torch.bfloat16,), json=tmp_path / "bench_cpu.jsonl"))
+    head.run(TINY.but(losses=("dpo", "ppo"), json=tmp_path / "bench_cpu.jsonl"))
     table.add({"contender": "naive", "model": "32x1003", "dtype": "bfloat16", "at_least": 512})
     return tmp_path
 
 
 def test_readmes_table_is_made_of_the_rows(results, monkeypatch):
     rows = [json.loads(line) for line in (results / "bench_cpu.jsonl").read_text().splitlines()]
-    (ours,) = [r for r in rows if (r["contender"], r.get("loss"), r.get("head")) == ("fastpref", "dpo", "trained")]
+    bf16, fp32 = [r for r in rows if (r["contender"], r.get("loss"), r.get("head")) == ("fastpref", "dpo", "trained")]
     text = readme.replaced(f"# x\n{readme.BEGIN}\nold\n{readme.END}\nrest\n")
     (line,) = [line for line in text.splitlines() if line.startswith("| **fastpref**")]
-    assert f"| {ours['seconds']:.3f} | {ours['ratio']:.2f} |" in line
+    assert f"| {bf16['seconds']:.3f} | {bf16['ratio']:.2f} |" in line
+    (other,) = [line for line in text.splitlines() if line.startswith("| 32x1003, float32 |")]
+    assert f"| **{fp32['ratio']:.2f}**, eager " in other
     assert "| eager PyTorch |" in text and "over 512" in text and "On a GPU: not measured." in text
     assert text.startswith("# x\n") and text.endswith("\nrest\n") and "old" not in text
     assert readme.replaced(text) == text
@@ -169,6 +172,7 @@ def test_readmes_table_is_made_of_the_rows(results, monkeypatch):
 def test_readme_says_what_the_results_say():
     text = (ROOT / "README.md").read_text()
     assert readme.replaced(text) == text, "run: python -m fastpref.benchmarks.readme"
+    assert tables.page(readme.committed()) == (readme.RESULTS / "README.md").read_text()
 
 
 def test_selective_has_the_gradient_that_is_written_over_the_logits(monkeypatch):
@@ -179,6 +183,13 @@ def test_selective_has_the_gradient_that_is_written_over_the_logits(monkeypatch)
     assert [row["pass"] for row in ours] == ["forward"] * 2 + ["forward and backward"] * 2
     assert all(row["logps_error"] <= 2e-6 and row.get("d_logits_error", 0) <= 3e-6 and row["ratio"] > 0 for row in ours)
     assert ours[3]["extra_MiB"] < ours[2]["extra_MiB"]  # in place
+
+
+def test_tables_show_the_latest_row_and_who_is_absent(results):
+    text = tables.page([{**row, "commit": "abc"} for row in readme.committed()] + readme.committed())
+    assert "**loss dpo, head trained, model 32x1003, dtype float32, inputs peaked**; " in text and "abc" not in text
+    assert text.count("\n| fastpref |") == 8 and text.count("| cce | not measured: No module") in (0, 8)
+    assert "| naive | 512 |" in text  # of the memory suite: at least
 
 
 def test_slope():
@@ -196,17 +207,61 @@ def test_check_passes_nothing_for_being_unknown(monkeypatch, tmp_path, capsys):
     row = {"kernel": "amx", "threads": 2, "loss": "dpo", "head": "trained", "model": "M", "dtype": "bfloat16"}
     monkeypatch.setattr(check.head, "run", lambda settings: [{**row, "ratio": 1.2}])
     monkeypatch.setattr(check, "BASELINE", tmp_path / "baseline.json")
+    (tmp_path / "baseline.json").write_text("{}")
     assert check.main() == 1 and "0 of 1 ratios have a baseline" in capsys.readouterr().out
+    monkeypatch.setattr(check, "measured", lambda: {check.key(row): 1.2})
     assert check.main(["--update"]) == 0 and check.main() == 0
     (tmp_path / "baseline.json").write_text(json.dumps({check.key(row): 0.9}))
     assert check.main() == 1 and "was 0.90, more than 25% worse" in capsys.readouterr().out
 
 
 def test_baseline_is_of_ratios_that_were_measured():
-    rows = [row for row in readme.committed() if row["benchmark"] == "head" and row["contender"] == "fastpref"]
-    committed = {check.key(row): row["ratio"] for row in rows}
     baseline = json.loads(check.BASELINE.read_text())
-    assert baseline and baseline == {key: round(committed[key], 3) for key in baseline}
+    assert baseline and baseline == check.measured(), "run: python -m fastpref.benchmarks.check --update"
+
+
+def test_a_planted_regression_makes_the_check_red(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def clock(bare, call, rounds, longest, warm):  # counts the work in place of timing it
+        calls.clear()
+        call()
+        return {"seconds": 1.0, "ratio": float(len(calls))}
+
+    step, times = CONTENDERS["fastpref"]().step("ppo"), 4
+
+    def steps(inputs):
+        return torch.stack([(calls.append(1), step(inputs))[1] for _ in range(times)]).mean()
+
+    monkeypatch.setitem(CONTENDERS, "fastpref", lambda: Contender(None, {"ppo": steps}))
+    monkeypatch.setattr(head, "against", clock)
+    monkeypatch.setattr(check, "WHAT", TINY.but(losses=("ppo",), contenders=("fastpref",), dtypes=(torch.float32,)))
+    monkeypatch.setattr(check, "BASELINE", tmp_path / "baseline.json")
+    check.BASELINE.write_text(json.dumps({check.key(row): row["ratio"] for row in head.run(check.WHAT)}))
+    times = 5
+    assert check.main() == 0
+    times = 6
+    assert check.main() == 1 and "6.00, was 4.00, more than 25% worse" in capsys.readouterr().out
+
+
+def test_who_takes_too_long_is_named_and_not_called_again(monkeypatch):
+    calls = []
+
+    def slow(*given):
+        calls.append(1)
+        return naive_logps(*given)
+
+    monkeypatch.setattr(head, "SLOWEST", 0.0)
+    monkeypatch.setitem(CONTENDERS, "naive", lambda: Contender(slow))
+    found = head.run(TINY.but(losses=("sft",), dtypes=(torch.float32,), contenders=("naive",)))
+    assert len(calls) == 1 and [row["reason"][:24] for row in found] == ["not timed: a step took 0"] * 2
+    assert found[1]["reason"].endswith("in an earlier table") and "seconds" not in found[0]
+
+
+def test_run_cpu_refuses_a_part_that_it_has_not():
+    script = ROOT / "benchmarks" / "run_cpu.sh"
+    found = subprocess.run(["bash", str(script), "heads"], capture_output=True, text=True)
+    assert found.returncode == 2 and "parts are head fp32 wide" in found.stderr
 
 
 def test_command_writes_rows_and_a_picture(tmp_path, capsys):
