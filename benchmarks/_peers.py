@@ -273,6 +273,8 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "verl-torch": _verl_torch,
     "verl-triton": _verl_triton,
 }
+# another way to call a peer that is there already: --quick asks each once
+SECOND = ("liger-whole", "torch-lce-chunked")
 # some seconds of torch.compile before each first call
 COMPILED = ("naive-compiled", "liger", "liger-whole", "cce")
 LOSSES_ONLY = {  # who has no log-probs, and which losses instead

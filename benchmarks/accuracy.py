@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastpref.benchmarks._inputs import Exact, Shape, exact, head_weight, peaked_rows, relative_error
 from fastpref.benchmarks._measure import Row, Table, or_reason
-from fastpref.benchmarks._peers import COMPILED, CONTENDERS, LOSSES_ONLY, PACKAGES, load
+from fastpref.benchmarks._peers import COMPILED, CONTENDERS, LOSSES_ONLY, PACKAGES, SECOND, load
 from fastpref.benchmarks._real import running_text
 from fastpref.benchmarks._settings import Settings
 
@@ -74,9 +74,9 @@ def mark_best(rows: list[Row]) -> None:
 
 
 def run(settings: Settings) -> list[Row]:
-    """Real inputs and peaked ones, in every dtype; --quick: 256 peaked ones, nobody who is compiled."""
+    """Real inputs and peaked ones, in every dtype; --quick: 256 peaked ones, nobody who is compiled or slow."""
     table = Table("accuracy", COLUMNS, PACKAGES, settings.json)
-    left_out = (*LOSSES_ONLY, *(COMPILED if settings.quick else ()))
+    left_out = (*LOSSES_ONLY, *((*COMPILED, *SECOND) if settings.quick else ()))
     peers = [name for name in settings.contenders or CONTENDERS if name not in left_out]
     for kind in ("peaked",) if settings.quick else INPUTS:
         hidden, weight, targets = INPUTS[kind](256 if settings.quick else 8 * SUM, settings.shapes[0])

@@ -258,6 +258,18 @@ def test_who_takes_too_long_is_named_and_not_called_again(monkeypatch):
     assert found[1]["reason"].endswith("in an earlier table") and "seconds" not in found[0]
 
 
+def test_quick_asks_each_peer_once_and_waits_for_nobody_slow_twice(monkeypatch):
+    def ratio(bare, call, *_, **__):
+        return {"seconds": 1.0, "ratio": 4.0}
+
+    monkeypatch.setattr(head, "against", ratio)
+    for name in CONTENDERS:
+        monkeypatch.setitem(CONTENDERS, name, lambda: Contender(naive_logps))
+    found = head.run(TINY.but(quick=True, losses=("dpo",), dtypes=(torch.float32,), contenders=None))
+    first, later = ([row["contender"] for row in found if row["head"] == kind] for kind in ("trained", "frozen"))
+    assert set(first) == {*CONTENDERS} - {*_peers.SECOND, "liger-ce", "quack"} and later == ["fastpref", "naive"]
+
+
 def test_run_cpu_refuses_a_part_that_it_has_not():
     script = ROOT / "benchmarks" / "run_cpu.sh"
     found = subprocess.run(["bash", str(script), "heads"], capture_output=True, text=True)
