@@ -3,16 +3,18 @@
 #
 #     bash benchmarks/run_gpu.sh [build] [test] [tune] [bench] [all]        none: all, in that order
 #
-# Each stage is a process of its own and ends within LIMIT seconds (default 590); what it has measured by then is kept.
-# Results, one line of JSON a row with device, versions and commit, and the logs: $OUT, or else
-# benchmarks/results/<device>. $PYTHON: the interpreter that has torch (default python3). A peer that is not installed is
-# a row that says so. The device's settings are left as they are; its clocks are recorded as found.
+# Each stage is a process of its own and ends within LIMIT seconds (default 540); what it has measured by then is kept.
+# Every call builds first: seconds where that is done. Results, one line of JSON a row with device, versions and commit,
+# and the logs: $OUT, or else benchmarks/results/<device>. A table that was tuned is among them: put it in the place of
+# fastpref/kernels/triton/table.py where the next stage starts from a fresh copy. $PYTHON: the interpreter that has torch
+# (default python3), with triton, setuptools >= 77, pybind11, ninja and pytest. A peer that is not installed is a row
+# that says so. The device's settings are left as they are; its clocks are recorded as found.
 # Exit status: 0, or 1 if a stage failed (the others still run), or 2 without a usable device or for bad arguments.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-LIMIT=${LIMIT:-590}
+LIMIT=${LIMIT:-540}
 ALL=(build test tune bench)
 stages=()
 for stage in "${@:-all}"; do
@@ -22,6 +24,8 @@ for stage in "${@:-all}"; do
     *) echo "run_gpu.sh: stages are ${ALL[*]} and all; got $stage" >&2; exit 2 ;;
   esac
 done
+
+[ "${stages[0]}" = build ] || stages=(build "${stages[@]}")
 
 if ! device=$("$PYTHON" - <<'PY'
 import sys
@@ -47,11 +51,21 @@ limited() { timeout --kill-after=10 "$left" "$@"; }
 
 build() { limited env FASTPREF_CUDA=ON "$PYTHON" setup.py build_ext --inplace; }
 
-run_tests() { limited "$PYTHON" -m pytest tests/gpu -q -rs -p no:cacheprovider --durations=10; }
+# side by side, if pytest-xdist is there: most of the time goes into compiling; what fills the device runs alone
+run_tests() {
+  local failed=0 start=$SECONDS workers=()
+  "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 4)
+  set -- "$PYTHON" -m pytest tests/gpu -v -rs -p no:cacheprovider
+  limited "$@" "${workers[@]}" --durations=10 -k "not the_31" || failed=1
+  left=$((LIMIT - (SECONDS - start)))
+  [ "$left" -gt 10 ] || { echo "test: no time left for the largest"; return 1; }
+  limited "$@" -k the_31 || failed=1
+  return $failed
+}
 
 # writes the table of the Triton kernels, which the next stage then measures; a copy goes to the results
 tune() {
-  limited "$PYTHON" -m fastpref.benchmarks.tune_triton
+  limited "$PYTHON" -m fastpref.benchmarks.tune_triton --seconds $((LIMIT > 200 ? LIMIT - 120 : LIMIT / 2))
   local status=$?
   cp fastpref/kernels/triton/table.py "$out"
   return $status

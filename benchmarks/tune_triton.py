@@ -29,6 +29,7 @@ from fastpref.kernels.triton import configs, head, table
 DEVICE = "cuda"
 ROUNDS = 7
 CHOICES = {
+    "descriptors": (False, True),  # the first that is tried: on sm_90 and newer what changes most
     "rows": (32, 64, 128, 256),
     "columns": (32, 64, 128, 256),
     "depth": (16, 32, 64, 128),
@@ -36,7 +37,6 @@ CHOICES = {
     "warps": (4, 8, 16),
     "stages": (2, 3, 4, 5, 6),
     "fresh": (1, 2, 4, 8, 16),
-    "descriptors": (False, True),
 }
 
 
@@ -108,7 +108,7 @@ class Tuned:
 
 def neighbours(tile: Any) -> Iterator[Any]:
     """Tiles that differ in one size, or trade rows for columns."""
-    for name in tile._fields:
+    for name in (name for name in CHOICES if name in tile._fields):
         for value in CHOICES[name]:
             other = tile._replace(**{name: value})
             if value != getattr(tile, name) and valid(other):
@@ -148,16 +148,26 @@ def search(tuned: Tuned, field: str, call: Callable[[], Tensor], flops: float, s
     tuned.config = tuned.config._replace(**{field: best})
 
 
-def tune(shape: Shape, dtype: torch.dtype, tokens: int, seconds: float) -> configs.Row:
+def tune(shape: Shape, dtype: torch.dtype, tokens: int, seconds: float) -> Iterator[configs.Row]:
+    """The row, after each search: what was found by then is kept if a later one does not come to its end."""
     arch = configs.arch_of(torch.device(DEVICE))
     tuned = Tuned(configs.lookup(arch, dtype, shape.hidden, shape.vocab))
     problem = Problem(shape, dtype, tokens)
     flops = 2.0 * tokens * shape.hidden * shape.vocab
     print(f"\n{arch}, {dtype}, H {shape.hidden}, V {shape.vocab}, {tokens} tokens")
-    search(tuned, "score", problem.score, flops, seconds / 2)
-    tuned.config = tuned.config._replace(library=False)
-    search(tuned, "d_hidden", problem.d_hidden, flops, seconds / 4)
-    search(tuned, "d_weight", problem.d_weight, flops, seconds / 4)
+    device = torch.cuda.get_device_name()
+    measured = f"{device}, torch {torch.__version__}, triton {version('triton')}"
+
+    def row() -> configs.Row:
+        return configs.Row(arch, 8 * dtype.itemsize, shape.hidden, shape.vocab, tuned.config, measured)
+
+    for field, call, part in (
+        ("score", problem.score, seconds / 2),
+        ("d_hidden", problem.d_hidden, seconds / 4),
+        ("d_weight", problem.d_weight, seconds / 4),
+    ):
+        search(tuned, field, call, flops, part)
+        yield row()
     total = {}
     for alive in (1.0, 0.5):
         problem.factor[int(alive * tokens) :] = 0
@@ -169,10 +179,8 @@ def tune(shape: Shape, dtype: torch.dtype, tokens: int, seconds: float) -> confi
                 f"{name} {ms:.3f} ms, {alive * flops / ms / 1e9:.0f} TFLOP/s" for name, ms in times.items()
             )
             print(f"{alive:.0%} of rows with a gradient, {'library' if library else 'triton'}: {rates}")
-    config = tuned.config._replace(library=total[1.0, True] <= total[1.0, False])
-    device = torch.cuda.get_device_name()
-    measured = f"{device}, torch {torch.__version__}, triton {version('triton')}"
-    return configs.Row(arch, 8 * dtype.itemsize, shape.hidden, shape.vocab, config, measured)
+    tuned.config = tuned.config._replace(library=total[1.0, True] <= total[1.0, False])
+    yield row()
 
 
 def merged(rows: Sequence[configs.Row], new: Sequence[configs.Row]) -> list[configs.Row]:
@@ -226,17 +234,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if reason := kernels.why_not("triton"):
         parser.exit(1, f"tune_triton: needs a GPU and Triton: {reason}\n")
-    lookup, new = configs.lookup, []
+    lookup, rows = configs.lookup, list(table.ROWS)
     for shape in chosen.shapes:
         for dtype in chosen.dtype:
             configs.lookup = lookup
-            new.append(tune(shape, getattr(torch, dtype), chosen.tokens, chosen.seconds))
-    text = source(merged(table.ROWS, new))
-    if chosen.dry_run:
-        print(*new, sep="\n")
-    else:
-        Path(table.__file__).write_text(text)
-        print(f"{len(new)} rows written to {table.__file__}")
+            for row in tune(shape, getattr(torch, dtype), chosen.tokens, chosen.seconds):
+                rows = merged(rows, [row])
+                if chosen.dry_run:
+                    print(row, flush=True)
+                else:
+                    Path(table.__file__).write_text(source(rows))
 
 
 if __name__ == "__main__":
