@@ -39,6 +39,15 @@ class Code(NamedTuple):
     def count(self, mnemonic):
         return len(re.findall(rf"\b{mnemonic}", self.text))
 
+    def product_loop(self):
+        """The instructions of the innermost loop that has the tensor cores' own; of NVIDIA's disassembly."""
+        lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;/]+);", self.text)]
+        jumps = [
+            (at, int(to[1], 16)) for at, text in lines if (to := re.search(r"BRA (?:`\(\S+\) )?0x([0-9a-f]+)", text))
+        ]
+        loops = [[text for at, text in lines if first <= at <= last] for last, first in jumps if first < last]
+        return min((loop for loop in loops if any(TENSOR_CORES[self.arch] in text for text in loop)), key=len)
+
 
 class _Driver:
     launcher_cls = None
@@ -111,9 +120,15 @@ def _read(arch, name, kernel):
 
 
 def gate(code, tensor_cores, may_spill=0):
-    """Raises where a kernel spills, does not fit, or computes its products elsewhere than on tensor cores."""
+    """Raises where a kernel spills, does not fit, or computes its products elsewhere than on tensor cores.
+
+    may_spill: bytes, outside of the loop over depth.
+    """
     what = f"{code.kernel} on {code.arch}"
     assert code.spilled <= may_spill, f"{what} spills {code.spilled}"
+    if code.spilled:
+        inside = [text for text in code.product_loop() if re.search(r"\b(LDL|STL)\b", text)]
+        assert not inside, f"{what} spills inside of its loop: {inside}"
     assert code.shared <= SHARED[code.arch], f"{what} wants {code.shared} bytes of shared memory"
     if tensor_cores:
         mnemonic = TENSOR_CORES[code.arch]

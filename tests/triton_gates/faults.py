@@ -13,7 +13,7 @@ from tests.triton_gates.sanitizer import Fault, sanitized
 from tests.triton_gates.values import check
 
 PLANTED = {
-    "chunk stored past the last column": (_score, "mask=inside[:, None] & real[None, :])", "mask=inside[:, None])"),
+    "chunk stored past the last column": (_score, "mask=inside[:, None] & room)", "mask=inside[:, None])"),
     "weight read past the last row": (_score, "V - 1).to(tl.int64)", "V + BLOCK_V).to(tl.int64)"),
     "hidden read past the last row": (_score, "row = tl.minimum(at, n - 1)", "row = at"),
     "sums stored past the last row": (_score, "tl.store(out, exp_sum, mask=inside)", "tl.store(out, exp_sum)"),
@@ -27,7 +27,7 @@ PLANTED = {
     "padding columns counted": (_score, "other = real[None, :] & (", "other = (column >= 0)[None, :] & ("),
     "label counted among the others": (
         _score,
-        "(column.to(tl.int64)[None, :] != target[:, None])",
+        "(column[None, :] != target[:, None])",
         "(column >= 0)[None, :]",
     ),
     "accumulator not started afresh": (

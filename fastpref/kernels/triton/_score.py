@@ -140,7 +140,7 @@ def _add_columns(
         z = softcap * bent
     z *= inv_temperature[:, None]
     z_sum += tl.sum(tl.where(real[None, :], z, 0.0), 1)
-    other = real[None, :] & (column.to(tl.int64)[None, :] != target[:, None])
+    other = real[None, :] & (column[None, :] != target[:, None])
     d = tl.where(other, z - anchor[:, None], float("-inf"))
     highest = tl.maximum(max_d, tl.max(d, 1))
     # held where exp would pass fp32's range: such a row is scored again with another anchor
@@ -160,7 +160,9 @@ def _add_columns(
         if HAS_CAP:
             e *= 1.0 - bent * bent
         f_ptrs = chunk_ptr + row[:, None] * stride_cn + column[None, :]
-        tl.store(f_ptrs, e.to(chunk_ptr.dtype.element_ty), mask=inside[:, None] & real[None, :])
+        # zeros up to the end of the row, which is aligned where V need not be
+        room = (column < stride_cn)[None, :]
+        tl.store(f_ptrs, e.to(chunk_ptr.dtype.element_ty), mask=inside[:, None] & room)
     return exp_sum, exp_d_sum, exp_sq_sum, z_sum, max_d
 
 
@@ -176,7 +178,7 @@ def score_kernel(
     c1_ptr,
     index_ptr,  # (n,) int64 or None: the rows to score, `count` of them
     count_ptr,  # () int64
-    chunk_ptr,  # (n, V) written, or None
+    chunk_ptr,  # (n, stride_cn) written, V columns and zeros, or None
     sums_ptr,  # (blocks, 5, n) fp32 written: of exp, exp (d - the largest d), exp^2, z, and the largest d
     n,
     V,
@@ -225,7 +227,7 @@ def score_kernel(
     z_sum = tl.zeros((BLOCK_N,), tl.float32)
     max_d = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     if wanted != 0:
-        target = tl.load(target_ptr + row, mask=inside, other=-1)
+        target = tl.load(target_ptr + row, mask=inside, other=-1).to(tl.int32)
         anchor = tl.load(anchor_ptr + row, mask=inside, other=0.0)
         depth = tl.arange(0, BLOCK_K)
         for t in tl.range(0, tiles):
@@ -269,7 +271,7 @@ def score_kernel(
             column = (first_tile + t) * BLOCK_V + tl.arange(0, BLOCK_V)
             f_ptrs = chunk_ptr + row[:, None] * stride_cn + column[None, :]
             nothing = tl.zeros((BLOCK_N, BLOCK_V), chunk_ptr.dtype.element_ty)
-            tl.store(f_ptrs, nothing, mask=inside[:, None] & (column < V)[None, :])
+            tl.store(f_ptrs, nothing, mask=inside[:, None] & (column < stride_cn)[None, :])
 
     out = sums_ptr + block.to(tl.int64) * (5 * n) + row
     tl.store(out, exp_sum, mask=inside)

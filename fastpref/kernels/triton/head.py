@@ -100,7 +100,7 @@ def score(
             None if c1 is None else c1.contiguous(),
             index,
             count,
-            chunk,
+            None if chunk is None else chunk.as_strided((chunk.shape[0], chunk.stride(0)), chunk.stride()),
             parts,
             n,
             vocab_size,
