@@ -1,7 +1,5 @@
 """What losses of whole completions share on the fused head: which sequence a target is of, its reference, averages."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ def reference(
     reference_free: bool,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
-    head_options: dict[str, Any],
+    head: _head.HeadOptions,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(sums (n_sequences,), per token (M,)) under the reference, at most one of them; None where not known."""
     if (ref_hidden is None) != (ref_weight is None):
@@ -65,7 +63,7 @@ def reference(
         return None, ref_token_logps.detach().reshape(-1).to(dtype)
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
-            ref = _head.flatten(fn, ref_hidden, ref_weight, targets, **head_options)
+            ref = _head.flatten(fn, ref_hidden, ref_weight, targets, head)
             return None, token_outputs(fn, ref, only_logps=True)["logps"]
     return None, None
 

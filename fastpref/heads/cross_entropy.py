@@ -77,25 +77,9 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
     """
     _check.number(FN, label_smoothing=label_smoothing)
     _check.between(FN, 0, 1, label_smoothing=label_smoothing)
-    flat = _head.flatten(
-        FN,
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        rows=rows,
-        cu_seqlens=cu_seqlens,
-        process_group=process_group,
-        workspace=workspace,
-        max_extra_bytes=max_extra_bytes,
-        deterministic=deterministic,
-        check_finite=check_finite,
-        backend=backend,
-    )
+    of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
+    head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)
+    flat = _head.flatten(FN, hidden, weight, targets, head)
     live = flat.targets != ignore_index
     by = divisor(FN, reduction, num_items, live.sum())
     summed = reduction != "none"

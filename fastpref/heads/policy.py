@@ -81,25 +81,9 @@ def linear_policy_loss(
         ValueError: shapes, an unknown name, a number out of range, or a reference that is needed and missing.
         TypeError: dtypes, or an option that the loss does not own.
     """
-    flat = _head.flatten(
-        FN,
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        rows=rows,
-        cu_seqlens=cu_seqlens,
-        process_group=process_group,
-        workspace=workspace,
-        max_extra_bytes=max_extra_bytes,
-        deterministic=deterministic,
-        check_finite=check_finite,
-        backend=backend,
-    )
+    of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
+    head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)
+    flat = _head.flatten(FN, hidden, weight, targets, head)
     where = place(FN, "targets", targets, cu_seqlens)
     goal = objective(
         FN,

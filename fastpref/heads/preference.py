@@ -111,22 +111,9 @@ def linear_preference_loss(
     """
     changes = (f_divergence_type, f_alpha_divergence_coef, ld_alpha, use_weighting)
     loss_of_pairs = bind(FN, loss_type, loss_weights, beta, *changes, options)
-    head_options: dict[str, Any] = {
-        "bias": bias,
-        "ignore_index": ignore_index,
-        "temperature": temperature,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "rows": rows,
-        "cu_seqlens": cu_seqlens,
-        "process_group": process_group,
-        "workspace": workspace,
-        "max_extra_bytes": max_extra_bytes,
-        "deterministic": deterministic,
-        "check_finite": check_finite,
-        "backend": backend,
-    }
-    flat = _head.flatten(FN, hidden, weight, targets, **head_options)
+    of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
+    head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)
+    flat = _head.flatten(FN, hidden, weight, targets, head)
     sequence, n_sequences = sequences(FN, hidden, targets, cu_seqlens)
     if n_sequences % 2:
         raise ValueError(
@@ -134,7 +121,7 @@ def linear_preference_loss(
         )
     n_pairs = n_sequences // 2
     ref_sums, ref_tokens = reference(
-        FN, flat, targets, n_sequences, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head_options
+        FN, flat, targets, n_sequences, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head
     )
     by = divisor(FN, reduction, num_items, n_pairs)
     job = _Job(loss_of_pairs, flat.targets != ignore_index, sequence, n_pairs, ref_sums, ref_tokens)

@@ -94,26 +94,13 @@ def linear_unpaired_loss(
         TypeError: dtypes, or an option that the loss does not own.
     """
     terms = bind(FN, loss_type, loss_weights, beta, options)
-    head_options: dict[str, Any] = {
-        "bias": bias,
-        "ignore_index": ignore_index,
-        "temperature": temperature,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "rows": rows,
-        "cu_seqlens": cu_seqlens,
-        "process_group": process_group,
-        "workspace": workspace,
-        "max_extra_bytes": max_extra_bytes,
-        "deterministic": deterministic,
-        "check_finite": check_finite,
-        "backend": backend,
-    }
-    flat = _head.flatten(FN, hidden, weight, targets, **head_options)
+    of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
+    head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)
+    flat = _head.flatten(FN, hidden, weight, targets, head)
     sequence, n = sequences(FN, hidden, targets, cu_seqlens)
     check_desirable(FN, desirable, flat.hidden, n)
     ref_sums, ref_tokens = reference(
-        FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head_options
+        FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head
     )
     by = divisor(FN, reduction, num_items, n)
     live, kl = flat.targets != ignore_index, checked_kl(FN, kl, flat.inv_temperature)

@@ -48,8 +48,8 @@ class LogProbs:
             weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
         if not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        options: dict[str, Any] = {"bias": bias, "temperature": temperature}
-        flat = _head.flatten("trl", hidden, weight, targets, softcap=softcap, logit_scale=logit_scale, **options)
+        options = _head.HeadOptions(bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+        flat = _head.flatten("trl", hidden, weight, targets, options)
         # entropy=False: mostly it is only logged, and with a frozen head the log-probs' gradient then costs a pass less
         found = token_outputs("trl", flat, entropy=False)
         return found["logps"], *(found[name] if name in outputs else None for name in _head.OUTPUTS)

@@ -18,6 +18,24 @@ OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 BACKENDS = ("reference", "torch", "cpu", "triton")
 
 
+class HeadOptions(NamedTuple):
+    """What every function of the linear head takes beside its tensors; `linear_logps` says what each means."""
+
+    bias: Tensor | None = None
+    ignore_index: int = -100
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    rows: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    process_group: "dist.ProcessGroup | None" = None
+    workspace: int | None = None
+    max_extra_bytes: int | None = None
+    deterministic: bool = False
+    check_finite: bool = False
+    backend: str | None = None
+
+
 class FlatHead(NamedTuple):
     """R rows of hidden, M targets."""
 
@@ -51,30 +69,13 @@ def shard(group: str | None, bounds: list[int], all_sums: bool = True) -> Shard 
     return None if group is None else Shard(group, bounds, all_sums)
 
 
-def flatten(
-    fn: str,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    rows: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
-    workspace: int | None = None,
-    max_extra_bytes: int | None = None,
-    deterministic: bool = False,
-    check_finite: bool = False,
-    backend: str | None = None,
-) -> FlatHead:
+def flatten(fn: str, hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions) -> FlatHead:
     """The call laid flat: shapes, dtypes, devices and options checked; values are checked where the rows are read.
 
     max_extra_bytes is only checked: a loss that keeps more than a chunk decides by it.
     """
+    bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group = options[:8]
+    workspace, max_extra_bytes, deterministic, check_finite, backend = options[8:]
     check_max_extra_bytes(fn, max_extra_bytes)
     _check.tensors(fn, hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows, cu_seqlens=cu_seqlens)
     _refuse_sharded(fn, weight=weight, bias=bias)

@@ -89,25 +89,9 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
         TypeError: dtypes differ or are not supported.
     """
     _head.check_outputs("linear_logps", outputs)
-    flat = _head.flatten(
-        "linear_logps",
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        rows=rows,
-        cu_seqlens=cu_seqlens,
-        process_group=process_group,
-        workspace=workspace,
-        max_extra_bytes=max_extra_bytes,
-        deterministic=deterministic,
-        check_finite=check_finite,
-        backend=backend,
-    )
+    of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
+    head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)
+    flat = _head.flatten("linear_logps", hidden, weight, targets, head)
     found = token_outputs("linear_logps", flat, entropy="entropy" in outputs, only_logps=not outputs)
     wanted = {name: found[name].reshape(targets.shape) for name in ("logps", *outputs)}
     return LogPs(**wanted) if outputs else wanted["logps"]

@@ -155,7 +155,8 @@ def test_chunk_holds_the_rows_that_count(checked):
     args = head(160, 16, 1003, torch.float32, ignored=0.0)
     args["targets"][::2] = IGNORE
     args["hidden"][::2] = math.nan
-    assert rows_of_one_chunk(_head.flatten("test", **args, workspace=2**20, backend="triton")) == 80
+    options = _head.HeadOptions(workspace=2**20, backend="triton")
+    assert rows_of_one_chunk(_head.flatten("test", **args, options=options)) == 80
     check(args, {"logps": upstream(160)}, workspace=2**20)
 
 
