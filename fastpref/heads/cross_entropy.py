@@ -83,7 +83,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
     live = flat.targets != ignore_index
     by = divisor(FN, reduction, num_items, live.sum())
     summed = reduction != "none"
-    logps, found = _logps(flat, summed, max_extra_bytes, label_smoothing > 0 or return_metrics)
+    logps, found = _logps(flat, summed, label_smoothing > 0 or return_metrics)
     loss = 0.0 - logps  # not -logps: a skipped token's loss is 0, not -0
     if label_smoothing:
         # sum_v log p_v / V = log p_y - (z_y - mean_v z_v)
@@ -91,7 +91,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
         margin = margin.sum() if summed else margin
         if softcap is not None and backend != "reference":  # label_margin differentiates it on that one alone
             # d T log softmax(z / T)_y / dz_v = 1[v = y] - softmax(z / T)_v: at a high T the margin's, 1[v = y] - 1 / V
-            hot, _ = _logps(flat._replace(inv_temperature=flat.inv_temperature / HOT), summed, max_extra_bytes, False)
+            hot, _ = _logps(flat._replace(inv_temperature=flat.inv_temperature / HOT), summed, False)
             margin = margin + HOT * (hot - hot.detach())
         loss = loss + label_smoothing * margin
     loss = loss / by if summed else loss.reshape(targets.shape)
@@ -100,11 +100,9 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
     return loss, {"entropy": mean(found["entropy"], live), "mean_token_accuracy": mean(found["is_top1"], live)}
 
 
-def _logps(
-    flat: _head.FlatHead, summed: bool, max_extra_bytes: int | None, with_outputs: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _logps(flat: _head.FlatHead, summed: bool, with_outputs: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """(logps, summed or (M,), token outputs)."""
-    if summed and in_parts(flat, "token", max_extra_bytes):
+    if summed and in_parts(flat, "token"):
         n = flat.targets.numel()
         group = torch.arange(n, device=flat.targets.device)
         return sweep(FN, flat, group, n, lambda index, outputs, first, last: outputs["logps"].sum())

@@ -82,15 +82,14 @@ def plan(
         passes, why = 2, "frozen head: dlogp/dhidden is formed in forward, its rows scaled in backward"
     elif n_tokens <= fits:
         passes, why = 3, "all tokens fit one chunk: it is kept, and backward forms the gradients from it"
-    elif couples != "batch" and (reason := why_no_copy(fits, d_weight, max_extra_bytes)) is None:
+    elif (reason := why_not_in_forward(couples, fits, d_weight, max_extra_bytes)) is None:
         passes, kept = 3, d_hidden + d_weight
         why = f"couples = {couples}: gradients are formed in forward from each chunk of whole {couples}s"
         why += "" if couples == "token" else f", if each {couples} has at most {fits} tokens"
     else:
         columns, rows = tile_formed_again(hidden_size, vocab_size, dtype, workspace, d_weight=True)
         passes, stored, kept = 4, min(rows, n_tokens), d_hidden + wide * columns * hidden_size
-        because = "couples = batch" if couples == "batch" else reason
-        why = f"{because}, and {n_tokens} tokens do not fit one chunk of {fits}: logits are formed again, "
+        why = f"{reason}, and {n_tokens} tokens do not fit one chunk of {fits}: logits are formed again, "
         why += f"{columns} columns at a time"
     return Plan(
         passes=passes,
@@ -103,8 +102,13 @@ def plan(
     )
 
 
-def why_no_copy(rows_of_chunk: int, copy_bytes: int, max_extra_bytes: int | None) -> str | None:
-    """Why a loss over several chunks keeps no fp32 copy of the weight's gradient; None: it does, and saves a pass."""
+def why_not_in_forward(couples: str, rows_of_chunk: int, copy_bytes: int, max_extra_bytes: int | None) -> str | None:
+    """Why a loss over several chunks, of a trained head, does not form its gradients in forward; None: it does.
+
+    That saves a pass, and needs an fp32 copy of the weight's gradient, of copy_bytes.
+    """
+    if couples == "batch":
+        return "couples = batch"
     if max_extra_bytes is not None and copy_bytes > max_extra_bytes:
         return f"max_extra_bytes is below {copy_bytes}"
     if rows_of_chunk < MIN_ROWS and copy_bytes > IN_CACHE:

@@ -107,7 +107,8 @@ def linear_policy_loss(
         options=options,
     )
     n = flat.targets.numel()
-    if n and goal.reduction != "none" and _in_parts(flat, goal.couples, max_extra_bytes):
+    apart = n and goal.reduction != "none" and goal.couples in ("token", "sequence")
+    if apart and in_parts(flat, goal.couples, frozen_too=True):
         token = torch.arange(n, device=flat.targets.device)
         group, n_groups = (token, n) if goal.couples == "token" else (where.sequence, where.n_sequences)
         loss, found = sweep(FN, flat, group, n_groups, partial(_loss_of, goal))
@@ -134,16 +135,3 @@ def _bounds(where: Place, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is not None:
         return cu_seqlens.long()
     return torch.arange(where.n_sequences + 1, device=where.sequence.device) * where.shape[1]
-
-
-def _in_parts(flat: _head.FlatHead, couples: str, max_extra_bytes: int | None) -> bool:
-    """Whether `sweep` forms the gradients: always for a frozen head.
-
-    It then needs no second pass for the entropy's gradient, and forms none for tokens without one.
-    """
-    if couples not in ("token", "sequence"):
-        return False
-    trained = flat.weight.requires_grad or (flat.bias is not None and flat.bias.requires_grad)
-    if flat.hidden.requires_grad and torch.is_grad_enabled() and not trained:
-        return flat.backend != "reference" and not _head.recorded(flat.targets)
-    return in_parts(flat, couples, max_extra_bytes)

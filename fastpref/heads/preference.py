@@ -126,7 +126,7 @@ def linear_preference_loss(
     by = divisor(FN, reduction, num_items, n_pairs)
     job = _Job(loss_of_pairs, flat.targets != ignore_index, sequence, n_pairs, ref_sums, ref_tokens)
 
-    if n_pairs and reduction != "none" and in_parts(flat, loss_of_pairs.terms.couples, max_extra_bytes):
+    if n_pairs and reduction != "none" and in_parts(flat, loss_of_pairs.terms.couples):
         loss, found = sweep(FN, flat, sequence % n_pairs, n_pairs, job.loss_of)
         pairs = job.pairs(found["logps"], found)
         fused = pair_rows(loss_of_pairs, pairs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref import kernels
-from fastpref.heads.plan import why_no_copy
+from fastpref.heads.plan import why_not_in_forward
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
 from fastpref.kernels.memory import huge_pages
@@ -28,24 +28,21 @@ from fastpref.ops.linear_logps import rows_of_one_chunk
 GroupLoss = Callable[[Tensor, dict[str, Tensor], int, int], Tensor]
 
 
-def in_parts(flat: _head.FlatHead, couples: str, max_extra_bytes: int | None) -> bool:
+def in_parts(flat: _head.FlatHead, couples: str, *, frozen_too: bool = False) -> bool:
     """Whether `sweep` is what a loss wants. Where it is not, the loss stands on linear_logps.
 
-    So it does with a frozen head, in one chunk, where all rows are coupled, where an fp32 copy of the weight's gradient
-    has no room or does not pay, under torch.compile and in a CUDA graph.
+    So it does in one chunk, where all rows are coupled, where an fp32 copy of the weight's gradient has no room or does
+    not pay, under torch.compile and in a CUDA graph; with a frozen head too, unless `frozen_too`: swept, a gradient of
+    entropy costs no pass more, and tokens without a gradient cost none after the first.
     """
-    trained = any(x is not None and x.requires_grad for x in (flat.weight, flat.bias)) and torch.is_grad_enabled()
+    if flat.backend == "reference" or _head.recorded(flat.targets):
+        return False
+    if not flat.trained:
+        return frozen_too and torch.is_grad_enabled() and flat.hidden.requires_grad
     vocab_size, hidden_size = flat.most_rows, flat.weight.shape[1]
     copy = vocab_size * hidden_size * flat.inv_temperature.itemsize
     rows = driver.chunk_tokens(hidden_size, vocab_size, flat.hidden.dtype, flat.workspace)
-    return (
-        trained
-        and couples != "batch"
-        and flat.backend != "reference"
-        and why_no_copy(rows, copy, max_extra_bytes) is None
-        and not _head.recorded(flat.targets)
-        and not rows_of_one_chunk(flat)
-    )
+    return why_not_in_forward(couples, rows, copy, flat.max_extra_bytes) is None and not rows_of_one_chunk(flat)
 
 
 def sweep(

@@ -106,7 +106,7 @@ def linear_unpaired_loss(
     live, kl = flat.targets != ignore_index, checked_kl(FN, kl, flat.inv_temperature)
     job = _Job(terms, beta, live, sequence, desirable, ref_sums, ref_tokens, kl)
 
-    if n and reduction != "none" and in_parts(flat, terms.couples, max_extra_bytes):
+    if n and reduction != "none" and in_parts(flat, terms.couples):
         loss, found = sweep(FN, flat, sequence, n, job.loss_of)
         unpaired = job.unpaired(found["logps"], found)
     else:

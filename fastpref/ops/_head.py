@@ -54,6 +54,13 @@ class FlatHead(NamedTuple):
     backend: str | None
     group: str | None  # the name of the process group whose processes hold parts of the vocabulary
     bounds: list[int]  # (W + 1,) where each process's rows start, and V; [0, V] without a group
+    max_extra_bytes: int | None
+
+    @property
+    def trained(self) -> bool:
+        """Whether a parameter of the head may get a gradient."""
+        parameters = self.weight, self.bias
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters)
 
     @property
     def vocab_size(self) -> int:
@@ -70,10 +77,7 @@ def shard(group: str | None, bounds: list[int], all_sums: bool = True) -> Shard 
 
 
 def flatten(fn: str, hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions) -> FlatHead:
-    """The call laid flat: shapes, dtypes, devices and options checked; values are checked where the rows are read.
-
-    max_extra_bytes is only checked: a loss that keeps more than a chunk decides by it.
-    """
+    """The call laid flat: shapes, dtypes, devices and options checked; values are checked where the rows are read."""
     bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group = options[:8]
     workspace, max_extra_bytes, deterministic, check_finite, backend = options[8:]
     check_max_extra_bytes(fn, max_extra_bytes)
@@ -133,6 +137,7 @@ def flatten(fn: str, hidden: Tensor, weight: Tensor, targets: Tensor, options: H
         backend,
         group,
         bounds,
+        max_extra_bytes,
     )
 
 

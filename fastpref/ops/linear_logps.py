@@ -105,7 +105,7 @@ def token_outputs(
     A frozen head then keeps its chunk if it can, for dlogp/dhidden alone would have to be formed in vain. `only_logps`:
     the extra outputs are not read, and where the vocabulary is in parts they mean nothing.
     """
-    hidden, weight, bias, targets, rows, inv_temperature, *options = flat
+    hidden, weight, bias, targets, rows, inv_temperature, *options, _ = flat
     if flat.backend == "reference":
         where = targets, rows, inv_temperature, flat.ignore_index, flat.check_finite
         _head.kept_index(fn, "hidden", hidden, flat.vocab_size, *where)
@@ -114,9 +114,8 @@ def token_outputs(
             return reference(hidden, weight, bias, targets, rows, inv_temperature, *bent)
     keep_rows, unit = 0, False
     if torch.is_grad_enabled():
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        unit = hidden.requires_grad and not trained and not entropy
-        keep_rows = rows_of_one_chunk(flat) if trained or (entropy and hidden.requires_grad) else 0
+        unit = hidden.requires_grad and not flat.trained and not entropy
+        keep_rows = rows_of_one_chunk(flat) if flat.trained or (entropy and hidden.requires_grad) else 0
     found = _op(fn, hidden, weight, bias, targets, rows, inv_temperature, *options, unit, keep_rows, not only_logps)
     return dict(zip(("logps", *_head.OUTPUTS), found, strict=False))
 
