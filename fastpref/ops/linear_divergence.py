@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import kernels
+from fastpref.kernels.divergence import Form, Side
 from fastpref.kernels.head import default_workspace, most_rows
 from fastpref.kernels.reference.linear_divergence import linear_divergence as reference
 from fastpref.kernels.shard import agree
-from fastpref.kernels.torch.linear_divergence import Form, Side
 from fastpref.ops import _check, _head
 from fastpref.ops._once import once_differentiable
 

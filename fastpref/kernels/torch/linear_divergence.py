@@ -17,24 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.kernels.divergence import Form, Side
 from fastpref.kernels.head import chunk_dtype
 from fastpref.kernels.shard import Shard
 from fastpref.kernels.torch.head import _product, _slabs
-
-
-class Side(NamedTuple):
-    hidden: Tensor  # (M, H)
-    weight: Tensor  # (V, H) in the dtype of hidden, or fp32: read in that of hidden
-    bias: Tensor | None  # (V,)
-
-
-class Form(NamedTuple):
-    jsd_beta: float | None  # None: KL(p || q)
-    softcap: float | None
-    logit_scale: float
-    workspace: int  # bytes for the buffers of a chunk
-    most_rows: int  # of the weights; where the vocabulary is in parts, of the largest
-    shard: Shard | None  # weights and biases are this process's rows of the vocabulary
 
 
 class Part(NamedTuple):
