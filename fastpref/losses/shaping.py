@@ -71,9 +71,10 @@ def update_moments(
 
     Args:
         moments: so far.
-        x: any shape. Under data parallelism each process gives its own, and with
-        process_group all are counted, on every process alike.
+        x: any shape. Under data parallelism each process gives its own.
         mask: like x; nonzero where an entry counts. None: all do.
+        process_group: what its processes give is counted, on each alike; each must call. None: of this process alone,
+            as in masked_whiten.
     """
     fn = "update_moments"
     _check.tensors(fn, x=x, mask=mask)

@@ -89,7 +89,8 @@ def kto_kl(policy_kl_logps: Tensor, ref_kl_logps: Tensor, *, process_group: dist
     Args:
         policy_kl_logps, ref_kl_logps: (S,) log-probs of the mismatched completions: sums over tokens, nats. Processes
             may hold different numbers of them; none at all gives 0.
-        process_group: whose processes are averaged over. None: all, where torch.distributed is initialised.
+        process_group: whose processes are averaged over, each of which must call. None: all, where torch.distributed is
+            initialised, for the loss wants one kl on all of them (in masked_whiten None is this process alone).
     Raises:
         ValueError: shapes differ.
     """

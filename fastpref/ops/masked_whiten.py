@@ -13,7 +13,8 @@ def masked_whiten(x: Tensor, mask: Tensor, *, process_group: "dist.ProcessGroup 
     Args:
         x: any shape; bfloat16, float16, float32 or float64.
         mask: like x, any dtype; nonzero where an entry counts. x is not read elsewhere, NaN allowed.
-        process_group: mean and variance are those over its processes, each of which must call. None: of this one.
+        process_group: mean and variance are those over its processes, each of which must call. None: of this process
+            alone, also where torch.distributed is initialised: give dist.group.WORLD for all.
     Returns:
         Like x, float32 (float64 for float64), detached. A single entry becomes 0.
     """
