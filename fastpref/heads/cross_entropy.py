@@ -14,7 +14,7 @@ from fastpref.ops.label_margin import label_margin
 from fastpref.ops.linear_logps import token_outputs
 
 FN = "linear_cross_entropy"
-HOT = 2.0**40  # a temperature at which exp(z / HOT) is 1 in fp32
+HOT = 2.0**40  # a temperature at which exp(z / HOT) is 1 in fp32, |z| < 2^16
 
 
 @overload
@@ -90,7 +90,9 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
         margin = label_margin(flat, found["mean_logits"])
         margin = margin.sum() if summed else margin
         if softcap is not None and backend != "reference":  # label_margin differentiates it on that one alone
-            # d T log softmax(z / T)_y / dz_v = 1[v = y] - softmax(z / T)_v: at a high T the margin's, 1[v = y] - 1 / V
+            # dmargin / dz_v = 1[v = y] - 1 / V has no exponential, and a chunk holds nothing else. But
+            # d HOT log softmax(z / HOT)_y / dz_v = 1[v = y] - softmax(z / HOT)_v is the same in fp32 where |z| < 2^16,
+            # so all that knows a softcap is used as it is. The price is the passes of a second loss.
             hot, _ = _logps(flat._replace(inv_temperature=flat.inv_temperature / HOT), summed, False)
             margin = margin + HOT * (hot - hot.detach())
         loss = loss + label_smoothing * margin
