@@ -1,10 +1,41 @@
 """What losses of whole completions share on the fused head: which sequence a target is of, its reference, averages."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from fastpref.losses.pairs import Tokens
 from fastpref.ops import _check, _head
 from fastpref.ops.linear_logps import token_outputs
+
+
+class Sequences(NamedTuple):
+    """The targets of n sequences, and what a reference says of them: sums, or log-probs of tokens, or neither."""
+
+    n: int
+    live: Tensor  # (M,) bool: the target counts
+    of: Tensor  # (M,) its sequence
+    ref_sums: Tensor | None  # (n,)
+    ref_tokens: Tensor | None  # (M,)
+
+    def part(self, index: Tensor, which: Tensor) -> "Sequences":
+        """The live targets at `index`, which are all of the sequences `which`, ascending; numbered from 0."""
+        return Sequences(
+            which.numel(),
+            torch.ones_like(index, dtype=torch.bool),
+            torch.searchsorted(which, self.of[index]),
+            None if self.ref_sums is None else self.ref_sums[which],
+            None if self.ref_tokens is None else self.ref_tokens[index],
+        )
+
+    def summed(self, outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tokens]:
+        """(log-probs (n,), those of the reference, lengths, the tokens they are of); `outputs` (M,) each."""
+        ref_tokens = None if self.ref_tokens is None else torch.where(self.live, self.ref_tokens, 0.0)
+        extra = {name: outputs[name].detach() for name in _head.OUTPUTS}
+        tokens = Tokens(outputs["logps"], ref_tokens, self.live, self.of, extra)
+        ref_sums = self.ref_sums if ref_tokens is None else tokens.sums(ref_tokens, self.n)
+        return tokens.sums(tokens.logps, self.n), ref_sums, tokens.lengths(self.n), tokens
 
 
 def sequences(fn: str, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
@@ -72,3 +103,13 @@ def mean(x: Tensor, where: Tensor | None = None) -> Tensor:
     """0-d, detached; 0 where nothing is averaged."""
     where = torch.ones_like(x, dtype=torch.bool) if where is None else where
     return torch.where(where, x.detach().float(), 0.0).sum() / where.sum().clamp(min=1)
+
+
+def token_metrics(tokens: Tokens, chosen: Tensor) -> dict[str, Tensor]:
+    """TRL's, over this call, all tokens alike; chosen (M,) bool."""
+    logits, live = tokens.outputs["mean_logits"], tokens.mask
+    return {
+        "logits/chosen": mean(logits, live & chosen),
+        "logits/rejected": mean(logits, live & ~chosen),
+        "entropy": mean(tokens.outputs["entropy"], live),
+    }

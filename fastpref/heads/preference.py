@@ -1,7 +1,7 @@
 """Losses of preference pairs on the fused head: hidden states in, loss and gradients out, no logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastpref.heads._divisor import divisor
 from fastpref.heads._rows import pair_rows
-from fastpref.heads._sequences import mean, reference, sequences
+from fastpref.heads._sequences import Sequences, mean, reference, sequences, token_metrics
 from fastpref.heads.sweep import in_parts, sweep
 from fastpref.losses._protocol import Loss
 from fastpref.losses.dpo import PairLoss, bind
-from fastpref.losses.pairs import Pairs, Tokens
+from fastpref.losses.pairs import Pairs
 from fastpref.ops import _head
 from fastpref.ops.linear_logps import token_outputs
 
@@ -114,25 +114,19 @@ def linear_preference_loss(
     of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
     head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)
     flat = _head.flatten(FN, hidden, weight, targets, head)
-    sequence, n_sequences = sequences(FN, hidden, targets, cu_seqlens)
-    if n_sequences % 2:
-        raise ValueError(
-            f"{FN}: hidden must hold B chosen, then B rejected sequences; got an odd number, {n_sequences}"
-        )
-    n_pairs = n_sequences // 2
-    ref_sums, ref_tokens = reference(
-        FN, flat, targets, n_sequences, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head
-    )
-    by = divisor(FN, reduction, num_items, n_pairs)
-    job = _Job(loss_of_pairs, flat.targets != ignore_index, sequence, n_pairs, ref_sums, ref_tokens)
+    of, n = sequences(FN, hidden, targets, cu_seqlens)
+    if n % 2:
+        raise ValueError(f"{FN}: hidden must hold B chosen, then B rejected sequences; got an odd number, {n}")
+    ref = reference(FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head)
+    by = divisor(FN, reduction, num_items, n // 2)
+    batch = Sequences(n, flat.targets != ignore_index, of, *ref)
 
-    if n_pairs and reduction != "none" and in_parts(flat, loss_of_pairs.terms.couples):
-        loss, found = sweep(FN, flat, sequence % n_pairs, n_pairs, job.loss_of)
-        pairs = job.pairs(found["logps"], found)
+    if n and reduction != "none" and in_parts(flat, loss_of_pairs.terms.couples):
+        loss, found = sweep(FN, flat, of % (n // 2), n // 2, partial(_loss_of, loss_of_pairs, batch))
+        pairs = _pairs(batch, found)
         fused = pair_rows(loss_of_pairs, pairs)
     else:
-        found = token_outputs(FN, flat)
-        pairs = job.pairs(found["logps"], found)
+        pairs = _pairs(batch, token_outputs(FN, flat))
         fused = pair_rows(loss_of_pairs, pairs)
         losses = loss_of_pairs(pairs) if fused is None else fused.losses
         loss = losses if reduction == "none" else losses.sum()
@@ -145,52 +139,22 @@ def linear_preference_loss(
     return PreferenceOutput(loss / by, *logps, *rewards, {**metrics, **_token_metrics(pairs)})
 
 
-@dataclass(frozen=True)
-class _Job:
-    """From log-probs of tokens to pairs, for the whole batch or for some of its pairs."""
-
-    loss: PairLoss
-    live: Tensor  # (M,) bool
-    sequence: Tensor  # (M,)
-    n_pairs: int
-    ref_sums: Tensor | None  # (2B,)
-    ref_tokens: Tensor | None  # (M,)
-
-    def pairs(self, logps: Tensor, outputs: dict[str, Tensor]) -> Pairs:
-        """All pairs; `logps` and `outputs` (M,)."""
-        return _pairs(logps, outputs, self.live, self.sequence, self.n_pairs, self.ref_sums, self.ref_tokens)
-
-    def loss_of(self, index: Tensor, outputs: dict[str, Tensor], first: int, last: int) -> Tensor:
-        """The sum of the losses of pairs first to last - 1, whose targets are at `index`; `outputs` (n,) each."""
-        n = last - first
-        pair, is_rejected = self.sequence[index] % self.n_pairs, self.sequence[index] >= self.n_pairs
-        here = torch.arange(first, last, device=index.device)
-        ref_sums = None if self.ref_sums is None else self.ref_sums[torch.cat((here, here + self.n_pairs))]
-        ref_tokens = None if self.ref_tokens is None else self.ref_tokens[index]
-        live, sequence = torch.ones_like(index, dtype=torch.bool), pair - first + n * is_rejected
-        pairs = _pairs(outputs["logps"], outputs, live, sequence, n, ref_sums, ref_tokens)
-        rows = pair_rows(self.loss, pairs)
-        return self.loss(pairs).sum() if rows is None else rows.losses.sum()
+def _loss_of(
+    loss: PairLoss, batch: Sequences, index: Tensor, outputs: dict[str, Tensor], first: int, last: int
+) -> Tensor:
+    """The sum of the losses of pairs first to last - 1, whose targets are at `index`; `outputs` (m,) each."""
+    chosen = torch.arange(first, last, device=index.device)
+    pairs = _pairs(batch.part(index, torch.cat((chosen, chosen + batch.n // 2))), outputs)
+    fused = pair_rows(loss, pairs)
+    return (loss(pairs) if fused is None else fused.losses).sum()
 
 
-def _pairs(
-    logps: Tensor,
-    outputs: dict[str, Tensor],
-    live: Tensor,
-    sequence: Tensor,
-    n_pairs: int,
-    ref_sums: Tensor | None,
-    ref_tokens: Tensor | None,
-) -> Pairs:
+def _pairs(batch: Sequences, outputs: dict[str, Tensor]) -> Pairs:
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:n_pairs], x[n_pairs:]
+        return x[: batch.n // 2], x[batch.n // 2 :]
 
-    outputs = {name: outputs[name].detach() for name in _head.OUTPUTS}
-    tokens = Tokens(logps, None if ref_tokens is None else torch.where(live, ref_tokens, 0.0), live, sequence, outputs)
-    if tokens.ref_logps is not None:
-        ref_sums = tokens.sums(tokens.ref_logps, 2 * n_pairs)
+    sums, ref_sums, lengths, tokens = batch.summed(outputs)
     ref_chosen, ref_rejected = (None, None) if ref_sums is None else halves(ref_sums)
-    sums, lengths = tokens.sums(logps, 2 * n_pairs), tokens.lengths(2 * n_pairs)
     return Pairs(*halves(sums), ref_chosen, ref_rejected, *halves(lengths), tokens, FN)
 
 
@@ -207,14 +171,8 @@ def _pair_metrics(pairs: Pairs, chosen_rewards: Tensor, rejected_rewards: Tensor
 
 
 def _token_metrics(pairs: Pairs) -> dict[str, Tensor]:
-    """TRL's, over this call, all tokens alike; 0 where nothing is averaged."""
     tokens = pairs.tokens
     assert tokens is not None
-    rejected = tokens.sequence >= pairs.chosen_logps.shape[0]
-    chosen_live, rejected_live = tokens.mask & ~rejected, tokens.mask & rejected
-    return {
-        "logits/chosen": mean(tokens.outputs["mean_logits"], chosen_live),
-        "logits/rejected": mean(tokens.outputs["mean_logits"], rejected_live),
-        "entropy": mean(tokens.outputs["entropy"], tokens.mask),
-        "mean_token_accuracy": mean(tokens.outputs["is_top1"], chosen_live),
-    }
+    chosen = tokens.sequence < pairs.chosen_logps.shape[0]
+    right = mean(tokens.outputs["is_top1"], tokens.mask & chosen)
+    return {**token_metrics(tokens, chosen), "mean_token_accuracy": right}

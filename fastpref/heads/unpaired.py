@@ -1,7 +1,7 @@
 """Losses of unpaired completions on the fused head: hidden states in, loss and gradients out, no logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.heads._divisor import divisor
-from fastpref.heads._sequences import mean, reference, sequences
+from fastpref.heads._sequences import Sequences, mean, reference, sequences, token_metrics
 from fastpref.heads.sweep import in_parts, sweep
 from fastpref.losses._protocol import Loss, Terms
-from fastpref.losses.pairs import Tokens
 from fastpref.losses.unpaired import Unpaired, bind, check_desirable, checked_kl, rewards
 from fastpref.ops import _head
 from fastpref.ops.linear_logps import token_outputs
@@ -97,22 +96,19 @@ def linear_unpaired_loss(
     of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
     head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)
     flat = _head.flatten(FN, hidden, weight, targets, head)
-    sequence, n = sequences(FN, hidden, targets, cu_seqlens)
+    of, n = sequences(FN, hidden, targets, cu_seqlens)
     check_desirable(FN, desirable, flat.hidden, n)
-    ref_sums, ref_tokens = reference(
-        FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head
-    )
+    ref = reference(FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head)
     by = divisor(FN, reduction, num_items, n)
-    live, kl = flat.targets != ignore_index, checked_kl(FN, kl, flat.inv_temperature)
-    job = _Job(terms, beta, live, sequence, desirable, ref_sums, ref_tokens, kl)
+    batch = Sequences(n, flat.targets != ignore_index, of, *ref)
+    job = _Job(terms, beta, batch, desirable, checked_kl(FN, kl, flat.inv_temperature))
 
     if n and reduction != "none" and in_parts(flat, terms.couples):
-        loss, found = sweep(FN, flat, sequence, n, job.loss_of)
-        unpaired = job.unpaired(found["logps"], found)
+        loss, found = sweep(FN, flat, of, n, job.loss_of)
+        unpaired = job.unpaired(found)
     else:
-        found = token_outputs(FN, flat)
-        unpaired = job.unpaired(found["logps"], found)
-        losses = terms(FN, unpaired.logps, unpaired, beta=beta)
+        unpaired = job.unpaired(token_outputs(FN, flat))
+        losses = job.losses(unpaired)
         loss = losses if reduction == "none" else losses.sum()
     of_each = rewards(unpaired, beta)
     return UnpairedOutput(loss / by, unpaired.logps, of_each, _metrics(unpaired, of_each))
@@ -124,49 +120,28 @@ class _Job:
 
     terms: Terms
     beta: float
-    live: Tensor  # (M,) bool
-    sequence: Tensor  # (M,)
+    batch: Sequences
     desirable: Tensor  # (S,)
-    ref_sums: Tensor | None  # (S,)
-    ref_tokens: Tensor | None  # (M,)
     kl: Tensor | None
 
-    def unpaired(self, logps: Tensor, outputs: dict[str, Tensor]) -> Unpaired:
-        """All sequences; `logps` and `outputs` (M,)."""
-        return self._unpaired(logps, outputs, self.live, self.sequence, self.desirable, self.ref_sums, self.ref_tokens)
+    def unpaired(self, outputs: dict[str, Tensor]) -> Unpaired:
+        sums, ref_sums, lengths, tokens = self.batch.summed(outputs)
+        return Unpaired(sums, self.desirable, ref_sums, self.kl, lengths, tokens, FN)
+
+    def losses(self, unpaired: Unpaired) -> Tensor:
+        return self.terms(FN, unpaired.logps, unpaired, beta=self.beta)
 
     def loss_of(self, index: Tensor, outputs: dict[str, Tensor], first: int, last: int) -> Tensor:
-        """The sum of the losses of sequences first to last - 1, whose targets are at `index`; `outputs` (n,) each."""
-        live, sequence = torch.ones_like(index, dtype=torch.bool), self.sequence[index] - first
-        ref_sums = None if self.ref_sums is None else self.ref_sums[first:last]
-        ref_tokens = None if self.ref_tokens is None else self.ref_tokens[index]
-        desirable = self.desirable[first:last]
-        unpaired = self._unpaired(outputs["logps"], outputs, live, sequence, desirable, ref_sums, ref_tokens)
-        return self.terms(FN, unpaired.logps, unpaired, beta=self.beta).sum()
-
-    def _unpaired(
-        self,
-        logps: Tensor,
-        outputs: dict[str, Tensor],
-        live: Tensor,
-        sequence: Tensor,
-        desirable: Tensor,
-        ref_sums: Tensor | None,
-        ref_tokens: Tensor | None,
-    ) -> Unpaired:
-        n = desirable.shape[0]
-        ref_tokens = None if ref_tokens is None else torch.where(live, ref_tokens, 0.0)
-        tokens = Tokens(logps, ref_tokens, live, sequence, {name: outputs[name].detach() for name in _head.OUTPUTS})
-        if ref_tokens is not None:
-            ref_sums = tokens.sums(ref_tokens, n)
-        return Unpaired(tokens.sums(logps, n), desirable, ref_sums, self.kl, tokens.lengths(n), tokens, FN)
+        """The sum of the losses of sequences first to last - 1, whose targets are at `index`; `outputs` (m,) each."""
+        batch = self.batch.part(index, torch.arange(first, last, device=index.device))
+        part = replace(self, batch=batch, desirable=self.desirable[first:last])
+        return part.losses(part.unpaired(outputs)).sum()
 
 
 def _metrics(unpaired: Unpaired, of_each: Tensor) -> dict[str, Tensor]:
     """TRL's of KTO, over this call: the desirable are the chosen."""
     tokens, chosen = unpaired.tokens, unpaired.desirable
     assert tokens is not None
-    of_chosen = tokens.mask & chosen[tokens.sequence]
     chosen_reward, rejected_reward = mean(of_each, chosen), mean(of_each, ~chosen)
     metrics = {
         "rewards/chosen": chosen_reward,
@@ -174,9 +149,7 @@ def _metrics(unpaired: Unpaired, of_each: Tensor) -> dict[str, Tensor]:
         "rewards/margins": torch.where(chosen.any() & ~chosen.all(), chosen_reward - rejected_reward, 0.0),
         "logps/chosen": mean(unpaired.logps, chosen),
         "logps/rejected": mean(unpaired.logps, ~chosen),
-        "logits/chosen": mean(tokens.outputs["mean_logits"], of_chosen),
-        "logits/rejected": mean(tokens.outputs["mean_logits"], tokens.mask & ~of_chosen),
-        "entropy": mean(tokens.outputs["entropy"], tokens.mask),
+        **token_metrics(tokens, chosen[tokens.sequence]),
         "count/chosen": chosen.sum().float(),
         "count/rejected": (~chosen).sum().float(),
     }
