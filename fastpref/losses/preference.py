@@ -31,7 +31,8 @@ def sigmoid(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tenso
 def robust(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """rDPO: (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e), z = beta (s_w - s_l), e = label_smoothing.
 
-    Unbiased if a share e of the labels is flipped, 0 <= e < 0.5. Chowdhury et al. 2024, arXiv:2403.00409.
+    Unbiased if a share e of the labels is flipped, 0 <= e < 0.5. Chowdhury et al. 2024, arXiv:2403.00409,
+    section 3.1.
     """
     _smoothing("robust", label_smoothing)
     z = beta * pairs.margins
@@ -75,7 +76,7 @@ def exo_pair(pairs: Pairs, *, beta: float, label_smoothing: float = 1e-3) -> Ten
 def nca_pair(pairs: Pairs, *, beta: float) -> Tensor:
     """NCA of two completions: -log sigmoid(z_w) - (log sigmoid(-z_w) + log sigmoid(-z_l)) / 2, z = beta r.
 
-    Chen et al. 2024, arXiv:2402.05369.
+    Chen et al. 2024, arXiv:2402.05369, section 4.1.
     """
     chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
@@ -83,8 +84,9 @@ def nca_pair(pairs: Pairs, *, beta: float) -> Tensor:
 
 @couples("pair")
 def bco_pair(pairs: Pairs, *, beta: float, delta: float | Tensor = 0.0) -> Tensor:
-    """BCO: -log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)). Jung et al. 2024, arXiv:2404.04656.
+    """BCO: -log sigmoid(beta r_w - delta) - log sigmoid(-(beta r_l - delta)).
 
+    Jung et al. 2024, arXiv:2404.04656, section 4.
     delta: the paper's reward shift, a running mean of all rewards. A loss keeps no state: average the rewards that
     come back and give the mean, a number or a 0-d tensor. 0, as in TRL 1.16, leaves it out.
     """
@@ -110,7 +112,8 @@ def sppo_hard(pairs: Pairs, *, beta: float) -> Tensor:
 @couples("batch")
 def aot(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """AOT: -log sigmoid(beta (m_(k) - n_(k))), m_(k) the k-th smallest policy margin log pi(y_w) - log pi(y_l) of the
-    call, n_(k) the reference's. Term k is of quantile k, not of pair k. Melnyk et al. 2024, arXiv:2406.05882."""
+    call, n_(k) the reference's. Term k is of quantile k, not of pair k. Melnyk et al. 2024, arXiv:2406.05882,
+    section 3."""
     policy = pairs.chosen_logps - pairs.rejected_logps
     reference = pairs.need("ref_chosen_logps") - pairs.need("ref_rejected_logps")
     return _logistic("aot", beta * (policy.sort().values - reference.sort().values), label_smoothing)
@@ -120,7 +123,7 @@ def aot(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
 def aot_unpaired(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """AOT of unpaired data: -log sigmoid(beta (r_w(k) - r_l(k))), each sorted over the call on its own.
 
-    Melnyk et al. 2024, arXiv:2406.05882.
+    Melnyk et al. 2024, arXiv:2406.05882, section 3.
     """
     chosen, rejected = pairs.chosen_logratios.sort().values, pairs.rejected_logratios.sort().values
     return _logistic("aot_unpaired", beta * (chosen - rejected), label_smoothing)

@@ -261,8 +261,9 @@ def cispo(rollout: Rollout, *, epsilon_high: float = CISPO_EPSILON_HIGH, epsilon
 
 @couples("token", reduction="sequence_mean")
 def sapo(rollout: Rollout, *, sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05) -> Tensor:
-    """SAPO: -(4 / tau) sigmoid(tau (r - 1)) A, a soft gate in place of the clip. Gao et al. 2025, arXiv:2511.20347.
+    """SAPO: -(4 / tau) sigmoid(tau (r - 1)) A, a soft gate in place of the clip.
 
+    Gao et al. 2025, arXiv:2511.20347, eqs. 5 and 6.
     tau is sapo_temperature_pos where A > 0 and sapo_temperature_neg elsewhere: the larger, the sooner a token that has
     moved stops counting.
     """
