@@ -50,7 +50,8 @@ def plan(
         n_tokens: tokens that are scored; prompt and padding tokens are skipped and do not count.
         hidden_size, vocab_size: of the head's weight (V, H).
         dtype: of hidden and weight.
-        trainable_head: the head's weight gets a gradient.
+        trainable_head: the head's weight gets a gradient, or carries a LoRA of its own: `fused_lm_head` then joins the
+            two in a copy, V (H + r) numbers that are not counted here.
         couples: what a term of the loss depends on: "token", "sequence", "pair" or "batch". None: no gradient at all.
         device: where; None: cpu.
         workspace: bytes for a chunk; None: the default of the device.
