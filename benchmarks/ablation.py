@@ -1,9 +1,12 @@
 """Each optimisation of the head turned off by its switch, and the factor it costs beside the one that was predicted.
 
-passes      PPO from a loss that does not declare what it couples: its gradients wait for the whole batch, the logits of
-            a chunk are formed again for them, and plan() says 4 passes for 3. Chunks of half the tokens in both
+stored      the logits of log-probs under any loss, formed again for the backward where two chunks take the place of
+            one that stays: plan() says 4 passes for 3
+declared    PPO from a loss that does not declare what it couples: its gradients wait for the whole batch, and plan()
+            says 4 passes for 3. Two chunks in both; the 3 add up the head's gradient in fp32
 rows        prompt targets scored instead of ignored, as many as completion targets; their upstream gradient is 0, so
-            they still leave the two products of the backward: (2 + 1 + 1) / 3. All in one chunk, as in the next two
+            they still leave the two products of the backward, where a copy of the others costs a quarter of these:
+            (2 + 2 x 1.25) / 3
 rows, all   the same with an upstream gradient of 1e-20, which keeps them in every product: 6 / 3
 exponentials  backend="torch": the same products in fp32, exponentials and sums by separate operations. Predicted from
             the products' own time: what both backends take on a head of H = 8, where next to nothing but the
@@ -17,6 +20,7 @@ from it than TOLERANCE has missed.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -89,24 +93,25 @@ def switches(shape: Shape, pairs: int, length: int, settings: Settings) -> Itera
     inputs = batch(shape, pairs, length, half, sampled=True).to(settings.device)
     n = len(inputs.live)
     row = 2 * shape.vocab + shape.vocab // 12 + 16 * shape.hidden + 64  # of a chunk, and beside it
-    workspace = n * row * 2 // 3  # half of the tokens
-    sizes: dict[str, Any] = {"dtype": half, "trainable_head": True, "workspace": workspace}
-    passes = [plan(n, *shape, **sizes, couples=how).passes for how in ("token", "batch")]
-    saving, waiting = (partial(ppo, inputs, loss, workspace) for loss in ("ppo", undeclared))
-    yield Switch("passes", half, lambda: passes[1] / passes[0], saving, waiting)
-
-    every = inputs.targets.where(inputs.targets != IGNORE, inputs.targets.roll(length // 2, dims=1))
+    whole, parts = {"workspace": 5 * n * row}, {"workspace": n * row * 2 // 3}  # the latter: half of the tokens
+    sizes: dict[str, Any] = {"dtype": half, "trainable_head": True, **parts}
+    passes = {how: plan(n, *shape, **sizes, couples=how).passes for how in ("token", "batch")}
     weighted = inputs.upstream.where(inputs.targets != IGNORE, 0.0)
-    whole = {"workspace": 5 * n * (shape.vocab * 4 + row)}  # of twice the tokens, in fp32
-    skipping = partial(logps, inputs.hidden, inputs.weight, inputs.targets, weighted, **whole)
-    zeros = partial(logps, inputs.hidden, inputs.weight, every, weighted, **whole)
-    yield Switch("rows", half, lambda: 4 / 3, skipping, zeros)
-    tiny = weighted.where(weighted != 0, 1e-20)
-    kept = partial(logps, inputs.hidden, inputs.weight, every, tiny, **whole)
-    yield Switch("rows, all", half, lambda: 2.0, skipping, kept)
+    stored, formed_again = (partial(logps, inputs, inputs.targets, weighted, **size) for size in (whole, parts))
+    yield Switch("stored", half, lambda: passes["batch"] / 3, stored, formed_again)
+    saving, waiting = (partial(ppo, inputs, loss, **parts) for loss in ("ppo", undeclared))
+    yield Switch("declared", half, lambda: passes["batch"] / passes["token"], saving, waiting)
+
+    few = batch(shape, max(pairs // 2, 1), length, half).to(settings.device)  # twice as many fit one chunk as well
+    live = few.targets != IGNORE
+    every = few.targets.where(live, few.targets.roll(length // 2, dims=1))
+    zeros = few.upstream.where(live, 0.0)
+    skipping = partial(logps, few, few.targets, zeros)
+    yield Switch("rows", half, lambda: 4.5 / 3, skipping, partial(logps, few, every, zeros))
+    yield Switch("rows, all", half, lambda: 2.0, skipping, partial(logps, few, every, zeros.where(live, 1e-20)))
 
     wide = batch(shape, pairs, length, torch.float32).to(settings.device)
-    fused = partial(logps, wide.hidden, wide.weight, wide.targets, weighted, **whole)
+    fused = partial(logps, wide, wide.targets, weighted, **whole)
     eager = partial(fused, backend="torch")
     yield Switch("exponentials", torch.float32, partial(eager_exponentials, fused, wide, **whole), fused, eager)
 
@@ -116,22 +121,22 @@ def undeclared(rollout: Rollout, *, epsilon: float) -> Tensor:
     return surrogates.ppo(rollout, epsilon=epsilon)
 
 
-def ppo(inputs: Batch, loss: str | Callable[..., Tensor], workspace: int) -> None:
+def ppo(inputs: Batch, loss: str | Callable[..., Tensor], **options: Any) -> None:
     hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
     sampled: dict[str, Any] = {"advantages": inputs.advantages, "old_logps": inputs.old_logps, "epsilon": CLIP}
-    how: dict[str, Any] = {"loss_type": loss, "reduction": "mean", "workspace": workspace}
+    how: dict[str, Any] = {"loss_type": loss, "reduction": "mean", **options}
     linear_policy_loss(hidden, weight, inputs.targets, **sampled, **how).loss.backward()
 
 
-def logps(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, **options: Any) -> None:
-    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+def logps(inputs: Batch, targets: Tensor, upstream: Tensor, **options: Any) -> None:
+    leaves = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
     torch.autograd.grad(linear_logps(*leaves, targets, **options), leaves, upstream)
 
 
 def eager_exponentials(fused: Callable[[], object], wide: Batch, **options: Any) -> float:
     """1 + (what eager exponentials take more than fused ones) / (a fused step)."""
-    narrow = wide.hidden[..., :8].contiguous(), wide.weight[:, :8].contiguous()
-    step = partial(logps, *narrow, wide.targets, wide.upstream, **options)
+    narrow = replace(wide, hidden=wide.hidden[..., :8].contiguous(), weight=wide.weight[:, :8].contiguous())
+    step = partial(logps, narrow, wide.targets, wide.upstream, **options)
     extra = against(step, partial(step, backend="torch"), 3)
     return 1 + (extra["seconds"] - extra["bare_s"]) / against(fused, fused, 3)["bare_s"]
 

@@ -133,8 +133,9 @@ def test_ablation_predicts_before_it_measures(monkeypatch):
         for row in ablation.run(TINY.but(quick=True, pairs=4, length=96, shapes=(Shape(8, 2003),)))
     }
     assert {name: round(row["predicted"], 2) for name, row in found.items() if name != "exponentials"} == {
-        "passes": 1.33,
-        "rows": 1.33,
+        "stored": 1.33,
+        "declared": 1.33,
+        "rows": 1.5,
         "rows, all": 2.0,
         "padding": 1.38,
         "shared prompt": 1.3,
