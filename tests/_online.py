@@ -7,6 +7,9 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastpref.trainer.metrics import read_metrics
+from tests._trainer import run_and_kill
+
 LETTERS = "abcdefgh"
 WORDS = ["<unk>", "<eos>", "<pad>", *LETTERS, *(f"w{i}" for i in range(21))]
 LENGTH = 4  # tokens of a completion
@@ -40,6 +43,16 @@ def online_options(kind, folder, output_dir, **given):
     return kind(**{**small, **(of_ppo if kind.recipe == "ppo" else of_grpo), **sources, **given})
 
 
+def assert_resumes(train, options, folder, at, **given):
+    """Killed past step `at` and resumed, a run leaves the metrics and rollouts, to the letter, of one left alone."""
+    train(options(folder / "whole", **given))
+    run_and_kill(options(folder / "killed", **given), at)
+    assert at <= read_metrics(folder / "killed/metrics.jsonl")[-1]["step"] < given["max_steps"]
+    train(options(folder / "killed", **given, resume_from_checkpoint=True))
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert (folder / "killed" / name).read_text() == (folder / "whole" / name).read_text()
+
+
 def repeats(prompts, completions, letter, **_):
     """The share of LENGTH words that repeat the prompt's first letter; 1 at best."""
     return [text.split().count(one) / LENGTH for text, one in zip(completions, letter, strict=True)]
@@ -56,3 +69,9 @@ def agrees(prompts, completions, letter, **_):
 def unsure(completions, **_):
     """Cannot tell where a completion begins with a letter."""
     return [None if text[:1] in LETTERS else 1.0 for text in completions]
+
+
+async def later(completions, completion_ids, trainer_state, **_):
+    """Longer completions are better towards the end of the run."""
+    done = trainer_state.global_step / trainer_state.max_steps
+    return [done * len(ids) / LENGTH for ids in completion_ids]

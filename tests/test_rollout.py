@@ -52,6 +52,21 @@ def test_tokens_come_as_often_as_they_are_likely(model, temperature):
     assert float(((found - expected).square() / expected).sum()) < 61.1
 
 
+@pytest.mark.parametrize("kept", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.5}])
+def test_top_k_top_p_and_min_p_leave_the_likeliest(model, kept):
+    n = 1000
+    given = {"max_new_tokens": 1, "temperature": 0.7, "batch_size": n, **kept}
+    drawn = complete(model, [PROMPTS[0]] * n, range(n), how(**given))
+    with torch.no_grad():
+        p, order = torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.7, -1).sort(descending=True)
+    size = {"top_k": 5, "top_p": int((p.cumsum(0) < 0.6).sum()) + 1, "min_p": int((p >= 0.5 * p[0]).sum())}
+    size = size[next(iter(kept))]
+    assert 1 < size < 20
+    count = Counter(ids[0] for ids, _ in drawn)
+    assert count.keys() == {*order[:size].tolist()}
+    assert count[int(order[0])] / n == pytest.approx(float(p[0] / p[:size].sum()), abs=4 * 0.5 / n**0.5)
+
+
 def test_temperature_0_is_the_likeliest_token_and_no_stop_token_means_full_length(model):
     drawn = complete(model, PROMPTS, range(5), how(temperature=0.0, stop_ids=()))
     for prompt, (ids, stopped) in zip(PROMPTS, drawn, strict=True):

@@ -14,8 +14,9 @@ from fastpref.trainer import grpo
 from fastpref.trainer.grpo import GRPOOptions, group_advantages, train
 from fastpref.trainer.metrics import Tally, read_metrics
 from fastpref.trainer.online import draw, facts_of, open_online
-from tests._online import AGREES, make_tiny, online_options
-from tests._trainer import assert_same_metrics, run_processes
+from fastpref.trainer.packing import pack
+from tests._online import AGREES, REPEATS, assert_resumes, make_tiny, online_options
+from tests._trainer import assert_same_metrics, assert_same_weights, run_processes
 from tests.test_plan import measured_passes
 
 options = partial(online_options, GRPOOptions)
@@ -103,6 +104,26 @@ def test_masked_truncated_completions_have_no_loss(tiny, tmp_path):
     assert masked["grad_norm"] < every["grad_norm"]
 
 
+def silent(completions, **_):
+    return [None] * len(completions)
+
+
+def same(completions, **_):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("reward", [silent, same])
+def test_where_no_completion_is_better_than_another_the_model_stays(tiny, tmp_path, reward):
+    """One prompt, one group, no difference and with `silent` no reward at all."""
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a b", "letter": "a"}\n')
+    given = {"dataset_name": str(tmp_path / "one.jsonl"), "max_steps": 2, "logging_steps": 1}
+    train(options(tiny, tmp_path / "run", **given, reward_funcs=reward, mask_truncated_completions=True))
+    for line in read_metrics(tmp_path / "run/metrics.jsonl"):
+        assert line["loss"] == 0 and line["grad_norm"] == 0 and line["frac_reward_zero_std"] == 1
+        assert line.get("reward") == (1.0 if reward is same else None)
+    assert_same_weights(tmp_path / "run/model", tiny / "model", rtol=0, atol=0)
+
+
 def test_several_rewards_with_weights(tiny, tmp_path):
     both = {"reward_funcs": ["tests._online:repeats", "tests._online:unsure"], "reward_weights": [2.0, -1.0]}
     train(options(tiny, tmp_path, **both, per_device_train_batch_size=64, max_steps=1, logging_steps=1))
@@ -149,3 +170,13 @@ def test_refuses(tiny, tmp_path, given, message):
 def test_refuses_half_a_group(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"^grpo: the completions of a step must be whole groups of 8; got 12 = 12 a"):
         train(options(tiny, tmp_path, per_device_train_batch_size=12))
+        ({"scale_rewards": "groups"}, "scale_rewards must be paper, group, batch or none; got 'groups'"),
+        ({"top_p": 0.0}, "top_p must be in (0, 1]"),
+def test_takes_what_trl_takes(tiny, tmp_path):
+    assert options(tiny, tmp_path, scale_rewards=False).scale_rewards == "none"
+    assert options(tiny, tmp_path, scale_rewards=True).scale_rewards == "group"
+    assert options(tiny, tmp_path, reward_funcs=same).reward_funcs == [same]
+    given = {"loss_type": "sapo", "sapo_temperature_neg": 1.3, "epsilon": 0.3}
+    assert options(tiny, tmp_path, **given).of_loss == {"sapo_temperature_neg": 1.3, "epsilon": 0.3}
+
+

@@ -76,6 +76,8 @@ class GRPOOptions(OnlineOptions):
     epsilon: float | None = option(None, "the ratio counts within 1 - epsilon and 1 + epsilon_high; none: the loss's")
     epsilon_high: float | None = option(None, "none: epsilon, or the loss's own")
     delta: float | None = option(None, "a ratio counts up to this where the advantage is negative; none: without end")
+    sapo_temperature_pos: float | None = option(None, "of loss_type sapo, where the advantage is positive; none: 1")
+    sapo_temperature_neg: float | None = option(None, "of loss_type sapo, where it is negative; none: 1.05")
     importance_sampling_level: Literal["token", "sequence"] = option("token", "whose ratios: token or sequence")
     mask_truncated_completions: bool = option(False, "leave out completions that no stop token ended")
     use_bias_correction_kl: bool = option(True, "weigh the KL in the loss by the ratio")
@@ -87,6 +89,10 @@ class GRPOOptions(OnlineOptions):
                 raise ValueError(f"grpo: {name} must be at least 1; got {getattr(self, name)}")
         if self.num_generations < 2:
             raise ValueError(f"grpo: num_generations must be at least 2, to be compared; got {self.num_generations}")
+        if isinstance(self.scale_rewards, bool):  # as TRL takes it
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        if self.scale_rewards not in ("paper", "group", "batch", "none"):
+            raise ValueError(f"grpo: scale_rewards must be paper, group, batch or none; got {self.scale_rewards!r}")
         if isinstance(self.loss_type, str) and self.loss_type not in POLICY_LOSSES:
             raise ValueError(f"grpo: loss_type must be one of {', '.join(POLICY_LOSSES)}; got {self.loss_type!r}")
         if self.batches % self.gradient_accumulation_steps:
@@ -128,8 +134,8 @@ class GRPOOptions(OnlineOptions):
     @property
     def of_loss(self) -> dict[str, float]:
         """The options of the loss that were given."""
-        given = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high, "delta": self.delta}
-        return {name: value for name, value in given.items() if value is not None}
+        names = "epsilon epsilon_high delta sapo_temperature_pos sapo_temperature_neg".split()
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def loss_name(self) -> str:

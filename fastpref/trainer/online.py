@@ -23,7 +23,7 @@ from fastpref.trainer.options import TrainOptions
 from fastpref.trainer.prompts import Prompt, load_prompts
 from fastpref.trainer.rewards import Rewards, text_of
 from fastpref.trainer.roles import Roles, is_adapter_of
-from fastpref.trainer.rollout import Sample, Sampling, batches, drawn, score_tokens, seed_of
+from fastpref.trainer.rollout import Sample, Sampling, batches, check_sampling, drawn, score_tokens, seed_of
 from fastpref.trainer.run import Metrics, Run, State, Update, open_run, take
 from fastpref.trainer.start import causal_lm
 
@@ -44,11 +44,15 @@ class OnlineOptions(TrainOptions):
     kl_coef: float = option(0.0, "weight of the KL to the reference in the reward; one of the two is 0")
     kl_estimator: Literal["k1", "k2", "k3"] | None = option(None, "none: k1 in the reward, k3 in the loss")
     entropy_coef: float = option(0.0, "weight of the policy's entropy in the loss: a bonus")
+    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability")
+    top_k: int = option(0, "draw from so many of the likeliest tokens; 0: all")
+    min_p: float | None = option(None, "draw from tokens at least this times as likely as the likeliest; none: all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"{self.recipe}: temperature must be above 0; got {self.temperature}")
+        if self.reward_funcs is not None and not isinstance(self.reward_funcs, list):
+            self.reward_funcs = [self.reward_funcs]  # one, as TRL takes it
+        check_sampling(self.recipe, self.temperature, self.top_p, self.top_k, self.min_p)
         if min(self.beta, self.kl_coef) < 0 or (self.beta and self.kl_coef):
             raise ValueError(
                 f"{self.recipe}: the KL counts in the loss (beta) or in the reward (kl_coef), not in both, and neither "
@@ -96,7 +100,9 @@ def open_online(options: OnlineOptions) -> tuple[Run, Rewards]:
     if o.reward_model is not None:
         shared = "reward" in run.bare_model.heads
         sources.insert(0, ("reward_model", partial(shared_scores, run)) if shared else o.reward_model)
-    return run, Rewards(sources, o.reward_weights, run.tokenizer, run.accelerator.device, o.rollout_batch)
+    rewards = Rewards(sources, o.reward_weights, run.tokenizer, run.accelerator.device, o.rollout_batch)
+    rewards.trainer_state.max_steps = run.steps
+    return run, rewards
 
 
 def roles_of(options: OnlineOptions, name: str, resumed: Path | None) -> Roles:
@@ -140,7 +146,8 @@ def sequences_of(samples: Sequence[Sample]) -> list[PromptAndCompletion]:
 def sampling(run: Run) -> Sampling:
     o, tokenizer = run.options, run.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Sampling(o.new_tokens, o.temperature, o.stop_ids(tokenizer), pad, o.rollout_batch)
+    own: dict[str, Any] = {"top_p": o.top_p, "top_k": o.top_k, "min_p": o.min_p}
+    return Sampling(o.new_tokens, o.temperature, o.stop_ids(tokenizer), pad, o.rollout_batch, **own)
 
 
 def draw(
@@ -163,9 +170,12 @@ def draw(
     with accelerator.autocast():
         samples = drawn(run.bare_model.actor, prompts, mine, how, run.options.seed, step)
     score_tokens(samples, how.batch_size, facts)
+        step: the number of the training step; 0: for held-out metrics or to be read.
     rewards([prompts[i] for i, _ in mine], samples)
     found = dict(zip(gather_object(mine), gather_object(samples), strict=True))
     return [found[one] for one in wanted]
+    if step:
+        rewards.trainer_state.global_step = step - 1
 
 
 def logps_of(run: Run, role: str, samples: list[Sample]) -> Tensor:

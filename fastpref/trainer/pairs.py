@@ -27,7 +27,7 @@ from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.demo import demo_model
 from fastpref.trainer.prompts import Prompt, prompt_columns, tokenize_prompts
 from fastpref.trainer.rewards import Rewards, completion_of
-from fastpref.trainer.rollout import Sample, Sampling, drawn
+from fastpref.trainer.rollout import Sample, Sampling, check_sampling, drawn
 
 
 @dataclass(kw_only=True)
@@ -53,6 +53,9 @@ class PairsOptions:
     num_generations: int = option(8, "completions of a prompt")
     max_completion_length: int = option(512, "tokens of the longest completion")
     temperature: float = option(1.0, "of sampling")
+    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability")
+    top_k: int = option(0, "draw from so many of the likeliest tokens; 0: all")
+    min_p: float | None = option(None, "draw from tokens at least this times as likely as the likeliest; none: all")
     min_margin: float = option(0.0, "pairs whose scores differ by no more than this are left out")
     per_device_eval_batch_size: int = option(64, "completions a device draws or scores at once")
     seed: int = option(42, "seed of what is drawn")
@@ -63,11 +66,11 @@ class PairsOptions:
                 raise ValueError(f"pairs: {name} must be at least 1; got {getattr(self, name)}")
         if self.num_generations < 2:
             raise ValueError(f"pairs: num_generations must be at least 2, to be compared; got {self.num_generations}")
-        if not self.temperature > 0 or not self.min_margin >= 0:
-            raise ValueError(
-                "pairs: temperature must be above 0 and min_margin at least 0; "
-                f"got {self.temperature} and {self.min_margin}"
-            )
+        check_sampling("pairs", self.temperature, self.top_p, self.top_k, self.min_p)
+        if not self.min_margin >= 0:
+            raise ValueError(f"pairs: min_margin must be at least 0; got {self.min_margin}")
+        if self.reward_funcs is not None and not isinstance(self.reward_funcs, list):
+            self.reward_funcs = [self.reward_funcs]  # one, as TRL takes it
         if self.dataset_name is None:
             raise ValueError("pairs: dataset wants the prompts to complete; got none")
 
@@ -102,7 +105,8 @@ def make(options: PairsOptions) -> Made:
     rewards = Rewards(sources, o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     stop = (tokenizer.eos_token_id,)
-    how = Sampling(o.max_completion_length, o.temperature, stop, pad, o.per_device_eval_batch_size)
+    own: dict[str, Any] = {"top_p": o.top_p, "top_k": o.top_k, "min_p": o.min_p}
+    how = Sampling(o.max_completion_length, o.temperature, stop, pad, o.per_device_eval_batch_size, **own)
 
     mine = range(len(prompts))[state.process_index :: state.num_processes]
     size = max(1, how.batch_size // o.num_generations)  # prompts at once

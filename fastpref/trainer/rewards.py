@@ -1,16 +1,21 @@
 """Rewards of completions: trained reward models, Python functions, or several with weights.
 
 A source is the folder or hub name of a reward model (a sequence classifier with one label), `module:function`, or a
-function. Functions have the signature of TRL's reward functions:
+function. Functions have the signature of TRL's reward functions, and may be async:
 
-    f(prompts, completions, completion_ids, **other columns of the dataset) -> a number, or None, for each completion
+    f(prompts, completions, completion_ids, trainer_state, **other columns) -> a number, or None, for each completion
 
 prompts and completions are texts, or lists of messages where the dataset has messages. None: it cannot tell.
+trainer_state is transformers' TrainerState, of which global_step, the steps done, and max_steps are kept up.
 """
 
+import asyncio
 import importlib
+import inspect
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +23,19 @@ from typing import Any
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, TrainerState
 
 from fastpref.trainer.collate import collate
 from fastpref.trainer.prompts import Prompt
 from fastpref.trainer.rollout import Sample, batches
 
-OURS = ("prompts", "completion", "completions", "completion_ids")  # columns of these names a function does not get
+OURS = (
+    "prompts",
+    "completion",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+)  # columns of these names a function does not get
 Source = Callable[[Sequence[Prompt], Sequence[Sample]], list[float]]
 
 
@@ -53,9 +64,10 @@ class Rewards:
         if weights is not None and len(weights) != len(sources):
             raise ValueError(f"Rewards: reward_weights must be {len(sources)}, one a source; got {len(weights)}")
         self.weights = torch.tensor([1.0] * len(sources) if weights is None else list(weights))
+        self.trainer_state = TrainerState()
         self._sources: dict[str, Source] = {}
         for source in sources:
-            name, function = _source(source, tokenizer, device, batch_size)
+            name, function = self._named(source, tokenizer, device, batch_size)
             if name in self._sources:
                 raise ValueError(f"Rewards: sources must differ in name; got {name} twice")
             self._sources[name] = function
@@ -70,6 +82,11 @@ class Rewards:
         for name, rewards in zip(self._sources, found, strict=False):
             if len(rewards) != len(samples):
                 raise ValueError(f"Rewards: {name} must return {len(samples)} rewards, one each; got {len(rewards)}")
+            if infinite := [i for i, reward in enumerate(rewards) if math.isinf(reward)]:
+                raise ValueError(
+                    f"Rewards: {name} must return finite numbers, or None where it cannot tell; "
+                    f"got {rewards[infinite[0]]} for completion {infinite[0]}"
+                )
         for i, sample in enumerate(samples):
             sample.rewards = [rewards[i] for rewards in found]
 
@@ -78,29 +95,30 @@ class Rewards:
         each = torch.tensor([sample.rewards for sample in samples])
         return torch.where(each.isnan().all(1), torch.nan, (each * self.weights).nansum(1))
 
-
-def _source(
-    source: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int
-) -> tuple[str, Source]:
-    if isinstance(source, tuple):
-        return source
-    if callable(source):
-        name = getattr(source, "__name__", type(source).__name__)
-        return name, partial(_of_function, source, tokenizer)
-    if ":" in source:
-        module, _, name = source.partition(":")
-        if "" not in sys.path:
-            sys.path.insert(0, "")  # the console script looks beside itself only, not where it is called
-        function = getattr(importlib.import_module(module), name, None)
-        if not callable(function):
-            raise ValueError(f"Rewards: {source} must name a function as module:function; {module} has no {name}")
-        return name, partial(_of_function, function, tokenizer)
-    return str(source).rstrip("/").rpartition("/")[2], RewardModel(source, tokenizer, device, batch_size)
+    def _named(
+        self, source: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int
+    ) -> tuple[str, Source]:
+        if isinstance(source, tuple):
+            return source
+        if callable(source):
+            name = getattr(source, "__name__", type(source).__name__)
+            return name, partial(_of_function, name, source, tokenizer, self.trainer_state)
+        if ":" in source:
+            module, _, name = source.partition(":")
+            if "" not in sys.path:
+                sys.path.insert(0, "")  # the console script looks beside itself only, not where it is called
+            function = getattr(importlib.import_module(module), name, None)
+            if not callable(function):
+                raise ValueError(f"Rewards: {source} must name a function as module:function; {module} has no {name}")
+            return name, partial(_of_function, name, function, tokenizer, self.trainer_state)
+        return str(source).rstrip("/").rpartition("/")[2], RewardModel(source, tokenizer, device, batch_size)
 
 
 def _of_function(
+    name: str,
     function: Callable[..., Any],
     tokenizer: PreTrainedTokenizerBase,
+    trainer_state: TrainerState,
     prompts: Sequence[Prompt],
     samples: Sequence[Sample],
 ) -> list[float]:
@@ -110,9 +128,22 @@ def _of_function(
         prompts=[prompt.prompt for prompt in prompts],
         completions=completions,
         completion_ids=[sample.ids for sample in samples],
+        trainer_state=trainer_state,
         **columns,
     )
-    return [float("nan") if reward is None else float(reward) for reward in found]
+    if inspect.isawaitable(found):
+        with ThreadPoolExecutor(1) as thread:  # in a notebook this one has an event loop that runs
+            found = thread.submit(asyncio.run, _result(found)).result()
+    try:
+        return [float("nan") if reward is None else float(reward) for reward in found]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"Rewards: {name} must return {len(samples)} rewards, each a number or None; got {found!r:.100}"
+        ) from error
+
+
+async def _result(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
 
 
 class RewardModel:

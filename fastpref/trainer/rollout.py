@@ -1,8 +1,9 @@
 """Rollouts: completions drawn from the policy, and what is known of each of their tokens.
 
 A completion of T tokens is a function of the model and of T uniform numbers, one a token: the first token at which the
-cumulated probability of softmax(logits / temperature) exceeds its number. The numbers are seeded by what is asked for
-(run, step, prompt, how many before), so batches, padding and processes change nothing but rounding.
+cumulated probability of softmax(logits / temperature), or of what top_k, top_p and min_p leave of it, exceeds its
+number. The numbers are seeded by what is asked for (run, step, prompt, how many before), so batches, padding and
+processes change nothing but rounding.
 """
 
 import random
@@ -12,7 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 @dataclass
@@ -40,17 +49,44 @@ class Sampling:
     stop_ids: tuple[int, ...]  # none: every completion has max_new_tokens
     pad_id: int
     batch_size: int
+    # what is drawn from, in the order of transformers' sampling; log-probabilities are those of the whole distribution
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float | None = None
+
+    def processors(self) -> LogitsProcessorList:
+        """What makes of logits those that are drawn from."""
+        found = LogitsProcessorList()
+        if self.temperature not in (0, 1):
+            found.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            found.append(MinPLogitsWarper(self.min_p))
+        return found
+
+
+def check_sampling(recipe: str, temperature: float, top_p: float, top_k: int, min_p: float | None) -> None:
+    """A ValueError if one of these options of the recipe is out of its range."""
+    if not temperature > 0:
+        raise ValueError(f"{recipe}: temperature must be above 0; got {temperature}")
+    if not 0 < top_p <= 1 or not 0 <= (min_p or 0) <= 1:
+        raise ValueError(f"{recipe}: top_p must be in (0, 1], min_p in [0, 1] or none; got {top_p} and {min_p}")
+    if top_k < 0:
+        raise ValueError(f"{recipe}: top_k must be 0, which is all tokens, or more; got {top_k}")
 
 
 class _DrawnToken(LogitsProcessor):
     """Leaves one token to `generate`: the one that the row's next uniform number falls on."""
 
-    def __init__(self, uniform: Tensor, prompt_length: int, temperature: float) -> None:
-        self._uniform, self._start, self._temperature = uniform, prompt_length, temperature
+    def __init__(self, uniform: Tensor, prompt_length: int) -> None:
+        self._uniform, self._start = uniform, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # fp64: 150,000 probabilities summed in fp32 would move the last of them by more than they are
-        below = torch.softmax(scores.float() / self._temperature, -1).cumsum(-1, dtype=torch.float64)
+        below = torch.softmax(scores.float(), -1).cumsum(-1, dtype=torch.float64)
         drawn = self._uniform[:, input_ids.shape[1] - self._start, None] * below[:, -1:]
         token = torch.searchsorted(below, drawn, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
@@ -98,11 +134,11 @@ def drawn(
 
 
 def _generate(causal_lm: Any, input_ids: Tensor, attention_mask: Tensor, seeds: list[int], how: Sampling) -> Tensor:
-    device, processors = causal_lm.device, LogitsProcessorList()
+    device, processors = causal_lm.device, how.processors()
     if how.temperature > 0:
         numbers = [[draw.random() for _ in range(how.max_new_tokens)] for draw in map(random.Random, seeds)]
         uniform = torch.tensor(numbers, dtype=torch.float64, device=device)
-        processors.append(_DrawnToken(uniform, input_ids.shape[1], how.temperature))
+        processors.append(_DrawnToken(uniform, input_ids.shape[1]))
     own = causal_lm.generation_config
     # as the model's own, not as an argument: from that one generate() fills what is None with the model's own
     causal_lm.generation_config = GenerationConfig(
