@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
-from fastpref.trainer import grpo
+from fastpref.trainer import forward, grpo
 from fastpref.trainer.grpo import GRPOOptions, group_advantages, train
 from fastpref.trainer.metrics import Tally, read_metrics
 from fastpref.trainer.online import draw, facts_of, open_online
@@ -144,6 +144,26 @@ def test_held_out_prompts_show_what_training_changed(tiny, tmp_path, capsys):
     assert lines[0]["step"] == 0 and lines[0]["eval_reward"] == outcome.before["eval_reward"]
 
 
+@pytest.mark.parametrize("of_loss", [{"loss_type": "gspo"}, {"mask_truncated_completions": True}])
+def test_padding_changes_nothing_and_a_group_reads_its_prompt_once(tiny, tmp_path, monkeypatch, of_loss):
+    """The losses of sequences and of tokens, whole groups apart in two batches, completions of several lengths."""
+    given = {"max_steps": 3, "beta": 0.05, "logging_steps": 1, "num_iterations": 2, **of_loss}
+    given |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "num_generations": 16}
+    read = []
+    monkeypatch.setattr(forward, "pack", lambda sequences: read.append(pack(sequences)) or read[-1])
+    train(options(tiny, tmp_path / "packed", **given))
+    for batch in read:
+        assert batch.branches and all(len(branch.completions) == 16 for branch in batch.branches)
+    train(options(tiny, tmp_path / "padded", **given, padding_free=False))
+    assert_same_metrics(tmp_path / "packed", tmp_path / "padded", abs=1e-4)
+
+
+def test_killed_and_resumed_is_uninterrupted(tiny, tmp_path):
+    given = {"max_steps": 20, "save_steps": 2, "num_iterations": 2, "steps_per_generation": 2, "beta": 0.05}
+    given |= {"use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 3e-3}
+    assert_resumes(train, partial(options, tiny), tmp_path, 5, **given, reward_funcs=[REPEATS, "tests._online:later"])
+
+
 def test_two_processes_make_the_run_of_one(tiny, tmp_path):
     given = {"max_steps": 3, "num_iterations": 2, "steps_per_generation": 4, "beta": 0.05, "logging_steps": 1}
     train(options(tiny, tmp_path / "one", **given, per_device_train_batch_size=16, gradient_accumulation_steps=2))
@@ -157,6 +177,8 @@ def test_two_processes_make_the_run_of_one(tiny, tmp_path):
     [
         ({"beta": 0.1, "kl_coef": 0.1}, "the KL counts in the loss"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"scale_rewards": "groups"}, "scale_rewards must be paper, group, batch or none; got 'groups'"),
+        ({"top_p": 0.0}, "top_p must be in (0, 1]"),
         ({"loss_type": "grop"}, "loss_type must be one of ppo, grpo"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation must be a multiple"),
     ],
@@ -167,11 +189,6 @@ def test_refuses(tiny, tmp_path, given, message):
     assert str(refused.value).startswith("grpo: ") and message in str(refused.value)
 
 
-def test_refuses_half_a_group(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"^grpo: the completions of a step must be whole groups of 8; got 12 = 12 a"):
-        train(options(tiny, tmp_path, per_device_train_batch_size=12))
-        ({"scale_rewards": "groups"}, "scale_rewards must be paper, group, batch or none; got 'groups'"),
-        ({"top_p": 0.0}, "top_p must be in (0, 1]"),
 def test_takes_what_trl_takes(tiny, tmp_path):
     assert options(tiny, tmp_path, scale_rewards=False).scale_rewards == "none"
     assert options(tiny, tmp_path, scale_rewards=True).scale_rewards == "group"
@@ -180,3 +197,6 @@ def test_takes_what_trl_takes(tiny, tmp_path):
     assert options(tiny, tmp_path, **given).of_loss == {"sapo_temperature_neg": 1.3, "epsilon": 0.3}
 
 
+def test_refuses_half_a_group(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"^grpo: the completions of a step must be whole groups of 8; got 12 = 12 a"):
+        train(options(tiny, tmp_path, per_device_train_batch_size=12))

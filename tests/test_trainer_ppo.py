@@ -21,8 +21,8 @@ from fastpref.trainer.online import draw, open_online
 from fastpref.trainer.ppo import PPOOptions, train
 from fastpref.trainer.rewards import RewardModel
 from fastpref.trainer.rollout import Sample
-from tests._online import AGREES, LENGTH, make_tiny, online_options
-from tests._trainer import assert_same_metrics, assert_same_weights, run_and_kill, run_processes
+from tests._online import AGREES, LENGTH, assert_resumes, make_tiny, online_options
+from tests._trainer import assert_same_metrics, assert_same_weights, run_processes
 
 options = partial(online_options, PPOOptions)
 
@@ -102,6 +102,11 @@ def test_gradient_checkpointing_changes_nothing(plain, tiny, tmp_path):
     assert_same_metrics(tmp_path, plain[0], abs=1e-4)
 
 
+def test_padding_changes_nothing(plain, tiny, tmp_path):
+    train(options(tiny, tmp_path, **LORA, padding_free=False))
+    assert_same_metrics(tmp_path, plain[0], abs=1e-4)
+
+
 def test_two_processes_make_the_run_of_one(plain, tiny, tmp_path):
     given = options(tiny, tmp_path, **{**LORA, "gradient_accumulation_steps": 1})
     run_processes(given, 2)
@@ -111,13 +116,7 @@ def test_two_processes_make_the_run_of_one(plain, tiny, tmp_path):
 def test_killed_and_resumed_is_uninterrupted(tiny, tmp_path):
     """SIGKILL past step 5: metrics and rollouts are those of a run left alone, KL weight and critic included."""
     long = {**LORA, "max_steps": 20, "save_steps": 2, "adaptive_kl_target": 0.5, "adaptive_kl_horizon": 200}
-    train(options(tiny, tmp_path / "whole", **long))
-    run_and_kill(options(tiny, tmp_path / "killed", **long), at=5)
-    killed_at = read_metrics(tmp_path / "killed/metrics.jsonl")[-1]["step"]
-    assert 5 <= killed_at < 20
-    train(options(tiny, tmp_path / "killed", **long, resume_from_checkpoint=True))
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert_resumes(train, partial(options, tiny), tmp_path, 5, **long)
     coefficients = [line["objective/kl_coef"] for line in read_metrics(tmp_path / "whole/metrics.jsonl")]
     assert len(set(coefficients)) == len(coefficients)
 
@@ -208,9 +207,10 @@ def reward(tiny):
     return str(tiny / "reward")
 
 
-@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
-def test_the_shared_reward_is_that_of_the_model_by_itself(tiny, reward, tmp_path, pad):
+@pytest.mark.parametrize(("pad", "padding_free"), [("<pad>", True), ("<eos>", True), ("<eos>", False)])
+def test_the_shared_reward_is_that_of_the_model_by_itself(tiny, reward, tmp_path, pad, padding_free):
     given = {"reward_model_path": reward, "reward_funcs": None, "stop_token": "eos", "max_steps": 1}
+    given["padding_free"] = padding_free
     run, rewards = open_online(options(tiny, tmp_path, **{**LORA, **given}))
     assert "reward" in run.bare_model.heads and rewards.names == ["reward_model"]
     run.tokenizer.pad_token = pad

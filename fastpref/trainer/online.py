@@ -20,6 +20,7 @@ from fastpref.trainer.config import option
 from fastpref.trainer.forward import through_head
 from fastpref.trainer.metrics import Tally, read_metrics
 from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.packing import packs
 from fastpref.trainer.prompts import Prompt, load_prompts
 from fastpref.trainer.rewards import Rewards, text_of
 from fastpref.trainer.roles import Roles, is_adapter_of
@@ -34,19 +35,22 @@ SHOWN = 2  # rollouts in the report, and a line of metrics' worth of rollouts.js
 class OnlineOptions(TrainOptions):
     test_split_size: float = option(0.0, "prompts held out where there is no held-out split; below 1, a fraction")
     lora_dropout: float = option(0.0, "dropout before the adapter; above 0 the first ratios are not 1")
+    padding_free: bool = option(
+        True, "read batches without padding, a prompt once for all its completions, where the model can"
+    )
 
     reward_funcs: list[str] | None = option(
         None, "rewards: module:function, with TRL's signature, or folders of reward models; their sum counts"
     )
     reward_weights: list[float] | None = option(None, "weights of several rewards; none: 1 each")
     temperature: float = option(1.0, "of sampling, and of all log-probabilities")
+    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability")
+    top_k: int = option(0, "draw from so many of the likeliest tokens; 0: all")
+    min_p: float | None = option(None, "draw from tokens at least this times as likely as the likeliest; none: all")
     beta: float = option(0.0, "weight of the KL to the reference in the loss")
     kl_coef: float = option(0.0, "weight of the KL to the reference in the reward; one of the two is 0")
     kl_estimator: Literal["k1", "k2", "k3"] | None = option(None, "none: k1 in the reward, k3 in the loss")
     entropy_coef: float = option(0.0, "weight of the policy's entropy in the loss: a bonus")
-    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability")
-    top_k: int = option(0, "draw from so many of the likeliest tokens; 0: all")
-    min_p: float | None = option(None, "draw from tokens at least this times as likely as the likeliest; none: all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,10 +134,14 @@ def shared_scores(run: Run, prompts: Sequence[Prompt], samples: Sequence[Sample]
         for batch in batches(range(len(samples)), run.options.rollout_batch, lambda i: samples[i].n_tokens):
             last = torch.tensor([last_of(samples[i]) for i in batch], device=run.accelerator.device)
 
-            def head(hidden: Tensor, *_: Any, last: Tensor = last, **__: Any) -> Tensor:
-                return run.bare_model.apply_head(hidden[torch.arange(len(last), device=last.device), last])
+            def head(hidden: Tensor, *_: Any, rows: Tensor | None = None, last: Tensor = last, **places: Any) -> Tensor:
+                if rows is None:
+                    return run.bare_model.apply_head(hidden[torch.arange(len(last), device=last.device), last])
+                # the first token of each predicts its first target
+                return run.bare_model.apply_head(hidden[rows[places["cu_seqlens"][:-1].long()] + last])
 
-            scores = through_head(run, run.bare_model, sequences_of([samples[i] for i in batch]), head)[0]
+            read: list[PromptAndCompletion] = [([], samples[i].prompt_ids + samples[i].ids) for i in batch]
+            scores = through_head(run, run.bare_model, read, head)[0]
             for i, score in zip(batch, scores.tolist(), strict=True):
                 found[i] = score
     return found
@@ -162,20 +170,20 @@ def draw(
 
     Args:
         wanted: (index of a prompt, how many of its completions come before).
+        step: the number of the training step; 0: for held-out metrics or to be read.
         facts: what to keep of the tokens, as `score_tokens` takes it.
     """
     accelerator, how = run.accelerator, sampling(run)
+    if step:
+        rewards.trainer_state.global_step = step - 1
     mine = list(wanted)[accelerator.process_index :: accelerator.num_processes]
     run.bare_model.eval()
     with accelerator.autocast():
         samples = drawn(run.bare_model.actor, prompts, mine, how, run.options.seed, step)
-    score_tokens(samples, how.batch_size, facts)
-        step: the number of the training step; 0: for held-out metrics or to be read.
+    score_tokens(samples, how.batch_size, facts, keep_order=packs(run.bare_model))
     rewards([prompts[i] for i, _ in mine], samples)
     found = dict(zip(gather_object(mine), gather_object(samples), strict=True))
     return [found[one] for one in wanted]
-    if step:
-        rewards.trainer_state.global_step = step - 1
 
 
 def logps_of(run: Run, role: str, samples: list[Sample]) -> Tensor:
@@ -191,12 +199,13 @@ def logps_of(run: Run, role: str, samples: list[Sample]) -> Tensor:
 
 def values_of(run: Run, samples: list[Sample]) -> Tensor:
     """(M,) the critic's V before each of the samples' tokens."""
-
-    def head(hidden: Tensor, _: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        return run.bare_model.apply_head(hidden[targets != IGNORE_INDEX])
-
     with run.bare_model.playing("critic"):
-        return through_head(run, run.bare_model, sequences_of(samples), head)[0]
+        return through_head(run, run.bare_model, sequences_of(samples), partial(of_states, run))[0]
+
+
+def of_states(run: Run, hidden: Tensor, _: Tensor, targets: Tensor, *, rows: Tensor | None = None, **__: Any) -> Tensor:
+    """(M,) what the playing role's head makes of the states that predict the M targets; a head for `through_head`."""
+    return run.bare_model.apply_head(hidden[targets != IGNORE_INDEX] if rows is None else hidden[rows])
 
 
 def minibatches(n: int, epochs: int, parts: int, *seed: int) -> Iterator[list[int]]:
@@ -215,7 +224,8 @@ def update_roles(run: Run, step: int, minibatch: Sequence[int], backward: Callab
     run.bare_model.train()
     tally = Tally()
     share = -(-len(minibatch) // run.accelerator.num_processes)
-    for batch, _ in my_batches(run.accelerator, minibatch, min(share, run.options.per_device_train_batch_size)):
+    # those of a prompt together, to share it; which batch of an update a sample is in does not matter
+    for batch, _ in my_batches(run.accelerator, sorted(minibatch), min(share, run.options.per_device_train_batch_size)):
         backward(batch, tally)
     if run.accelerator.num_processes > 1:
         # by hand: DDP counts on one forward and one backward of all that it wraps, and here two roles take turns

@@ -48,6 +48,7 @@ from fastpref.trainer.online import (
     evaluate,
     facts_of,
     minibatches,
+    of_states,
     open_online,
     sequences_of,
     update_roles,
@@ -260,10 +261,11 @@ def backward_of_batch(run: Run, batch: Batch, num_items: int, indices: list[int]
         }
         return out.loss, metrics
 
-    def value(hidden: Tensor, _: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        old, returns = (in_place(x, targets) for x in (batch.values, batch.returns))
-        values, live = roles.apply_head(hidden), targets != IGNORE_INDEX
-        return value_loss(values, old, returns, live, epsilon=o.cliprange_value, num_items=num_items)
+    def value(hidden: Tensor, head: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        values = of_states(run, hidden, head, targets, **options)
+        old, returns = (x[indices][batch.mask[indices]].to(values.device) for x in (batch.values, batch.returns))
+        every = torch.ones_like(values)
+        return value_loss(values, old, returns, every, epsilon=o.cliprange_value, num_items=num_items)
 
     with roles.playing("actor"):
         (loss, metrics), aux_loss = through_head(run, roles, sequences, policy)

@@ -87,7 +87,7 @@ class Roles(nn.Module):
         return self._model(self._role)(**inputs)
 
     def apply_head(self, hidden: Tensor) -> Tensor:
-        """(B, T) what the head of the playing role, critic or reward, makes of hidden states (B, T, H); float32."""
+        """(...) what the head of the playing role, critic or reward, makes of hidden states (..., H); float32."""
         head: Any = self.heads[self._role]
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.float())[..., 0]

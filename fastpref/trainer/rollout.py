@@ -163,9 +163,18 @@ def batches(indices: Sequence[int], size: int, length: Callable[[int], int]) -> 
 
 
 @torch.no_grad()
-def score_tokens(samples: Sequence[Sample], size: int, of_batch: Callable[[list[Sample]], dict[str, Tensor]]) -> None:
-    """Keeps of_batch(some samples) in their `tokens`: each result (M,), the M tokens of their completions in a row."""
-    for batch in batches(range(len(samples)), size, lambda i: samples[i].n_tokens):
+def score_tokens(
+    samples: Sequence[Sample],
+    size: int,
+    of_batch: Callable[[list[Sample]], dict[str, Tensor]],
+    *,
+    keep_order: bool = False,
+) -> None:
+    """Keeps of_batch(some samples) in their `tokens`: each result (M,), the M tokens of their completions in a row.
+
+    keep_order: those of a prompt stay side by side; else those of like length come together, which saves padding.
+    """
+    for batch in batches(range(len(samples)), size, lambda i: 0 if keep_order else samples[i].n_tokens):
         some = [samples[i] for i in batch]
         for name, values in of_batch(some).items():
             parts = values.float().cpu().split([len(sample.ids) for sample in some])
