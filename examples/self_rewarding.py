@@ -4,7 +4,8 @@ arXiv:2401.10020).
     python examples/self_rewarding.py --model_name_or_path MODEL --dataset prompts.jsonl --rounds 2
 
 The judge is the model of the round with a prompt that asks for points from 0 to 5. Where they sample several verdicts
-and average, here the verdict's expectation is read off: the sum of k p(k) over the probabilities of the six digits.
+and average, here the verdict's expectation is read off: the sum of k p(k) over the probabilities of the six digits. A
+judge that puts less than half of its probability on them has not judged, and that answer is left out.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from fastpref.trainer import dpo, pairs
 
@@ -24,23 +26,45 @@ ASK = (
 
 
 class Judge:
-    """A reward function: the points that a model expects an answer to get from itself."""
+    """A reward function: the points that a model expects an answer to get from itself; None where it gives none."""
 
     def __init__(self, name: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
         self.digits = [self.tokenizer(str(k), add_special_tokens=False)["input_ids"][-1] for k in range(6)]
+        self.points: list[float | None] = []  # of all that it was asked
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        found = []
-        for prompt, answer in zip(prompts, completions, strict=True):
-            texts = {"prompt": _text(prompt), "answer": _text(answer)}
-            ids = self.tokenizer(ASK.format(**texts), return_tensors="pt")["input_ids"].to(self.model.device)
-            logits = self.model(ids, logits_to_keep=1).logits[0, -1, self.digits].float()
-            found.append(float(torch.softmax(logits, -1) @ torch.arange(6.0, device=logits.device)))
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
+        found = [self.judge(_text(prompt), _text(answer)) for prompt, answer in zip(prompts, completions, strict=True)]
+        self.points += found
         return found
+
+    def judge(self, prompt: str, answer: str) -> float | None:
+        ids = self.tokenizer(ASK.format(prompt=prompt, answer=answer), return_tensors="pt")["input_ids"]
+        likely = torch.softmax(self.model(ids.to(self.model.device), logits_to_keep=1).logits[0, -1].float(), -1)
+        digits = likely[self.digits]
+        sure = float(digits.sum())
+        return float(digits @ torch.arange(6.0, device=digits.device)) / sure if sure >= 0.5 else None
+
+    def __str__(self) -> str:
+        """How many judgements there were, and how far apart: a small model finds all answers much the same."""
+        usable = [points for points in self.points if points is not None]
+        spread = f", from {min(usable):.2f} to {max(usable):.2f} points" if usable else ""
+        return f"{len(usable)} of {len(self.points)} judgements usable{spread}"
+
+
+def judged_pairs(model: str, number: int, given: argparse.Namespace, path: Path) -> str:
+    """Writes the round's pairs, and returns what there is to say of the judge."""
+    judge = Judge(model)
+    how: dict[str, Any] = {"num_generations": given.num_generations, "seed": number, "reward_funcs": [judge]}
+    how |= {"max_completion_length": given.max_completion_length, "output_file": str(path)}
+    try:
+        pairs.make(pairs.PairsOptions(model_name_or_path=model, dataset_name=given.dataset, **how))
+    except ValueError as error:
+        raise SystemExit(f"round {number + 1}: {judge}. {error}") from error
+    return str(judge)
 
 
 def _text(value: Any) -> str:
@@ -59,16 +83,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/self_rewarding"))
     given = parser.parse_args()
+    logging.disable_progress_bar()
     model = given.model_name_or_path
     for number in range(given.rounds):
         folder = given.output_dir / str(number)
-        how: dict[str, Any] = {"num_generations": given.num_generations, "seed": number, "reward_funcs": [Judge(model)]}
-        how |= {"max_completion_length": given.max_completion_length, "output_file": str(folder / "pairs.jsonl")}
-        pairs.make(pairs.PairsOptions(model_name_or_path=model, dataset_name=given.dataset, **how))
-        how = {"max_steps": given.max_steps, "num_train_epochs": 1.0, "per_device_train_batch_size": given.batch}
+        told = judged_pairs(model, number, given, folder / "pairs.jsonl")
+        print(f"\nround {number + 1} of {given.rounds}: {told}", flush=True)
+        how: dict[str, Any] = {
+            "max_steps": given.max_steps,
+            "num_train_epochs": 1.0,
+            "per_device_train_batch_size": given.batch,
+        }
         how |= {"output_dir": str(folder), "overwrite_output_dir": True, "dataset_name": str(folder / "pairs.jsonl")}
         model = str(dpo.train(dpo.DPOOptions(model_name_or_path=model, **how)).model_dir)
-    print(f"after {given.rounds} rounds: {model}")
+    print(f"\nafter {given.rounds} rounds: {model}")
 
 
 if __name__ == "__main__":
