@@ -319,6 +319,21 @@ def test_importing_fastpref_leaves_the_benchmarks_alone():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("contender", ["actor", "roles"])
+def test_memory_ppo_compares_steps_on_as_many_tokens(tmp_path, contender):
+    for name in ("transformers", "accelerate", "peft"):
+        pytest.importorskip(name)
+    from fastpref.benchmarks import memory_ppo
+    from tests._online import make_tiny
+
+    model = str(make_tiny(tmp_path) / "model")
+    memory_ppo.save_reward(model, tmp_path / "reward")
+    row = memory_ppo.step(contender, model, "adamw_torch", tmp_path)
+    assert row["tokens"] == 8 * (5 + 32)
+    assert 100 < row["peak_MiB"] < 10_000
+
+
 def test_memory_cpu(tmp_path):
     # 1,024 completion tokens of 16,003 logits: a chunk of 31 MiB in bf16
     options = "--shape 32x16003 --pairs 4 --length 256 --rounds 1 --head trained --workspace 64 --json"

@@ -222,6 +222,9 @@ def update_roles(run: Run, step: int, minibatch: Sequence[int], backward: Callab
     backward: given a batch and a tally for its metrics, "loss" among them, adds to the gradients of the roles.
     """
     run.bare_model.train()
+    if run.bare_model.shared:  # small; made among the activations each would split a hole that the next role needs
+        for weight in run.bare_model.trained:
+            weight.grad = torch.zeros_like(weight)
     tally = Tally()
     share = -(-len(minibatch) // run.accelerator.num_processes)
     # those of a prompt together, to share it; which batch of an update a sample is in does not matter
