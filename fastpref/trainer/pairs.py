@@ -105,8 +105,8 @@ def make(options: PairsOptions) -> Made:
     rewards = Rewards(sources, o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     stop = (tokenizer.eos_token_id,)
-    own: dict[str, Any] = {"top_p": o.top_p, "top_k": o.top_k, "min_p": o.min_p}
-    how = Sampling(o.max_completion_length, o.temperature, stop, pad, o.per_device_eval_batch_size, **own)
+    kept: dict[str, Any] = {"top_p": o.top_p, "top_k": o.top_k, "min_p": o.min_p}
+    how = Sampling(o.max_completion_length, o.temperature, stop, pad, o.per_device_eval_batch_size, **kept)
 
     mine = range(len(prompts))[state.process_index :: state.num_processes]
     size = max(1, how.batch_size // o.num_generations)  # prompts at once
