@@ -24,26 +24,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastpref.benchmarks._measure import MIB, Row, Table
 from fastpref.benchmarks.trainer_trl import peak_bytes
-from fastpref.trainer import grpo, ppo
-from fastpref.trainer.demo import demo_model
 
 COMPLETIONS, LENGTH = 8, 32
 RECIPES = {"actor": "grpo", "roles": "ppo", "whole-actor": "grpo", "separate": "ppo"}
 COLUMNS = (("peak MiB", "peak_MiB", ".0f"), ("beside", "ratio", ".3f"), ("tokens", "tokens", "d"))
-
-
-@dataclass(kw_only=True)
-class ToTheEnd(grpo.GRPOOptions):
-    """GRPO whose completions have their full length, as PPO's have with stop_token none."""
-
-    def stop_ids(self, tokenizer: Any) -> tuple[int, ...]:
-        return ()
 
 
 def brevity(completions: list[str], **_: Any) -> list[float]:
@@ -63,6 +52,14 @@ def save_reward(model: str, folder: Path) -> None:
 
 def step(contender: str, model: str, optim: str, folder: Path) -> Row:
     """What a step of the contender takes; the reward adapter is in folder/reward."""
+    from fastpref.trainer import grpo, ppo
+
+    class ToTheEnd(grpo.GRPOOptions):
+        """GRPO whose completions have their full length, as PPO's have with stop_token none."""
+
+        def stop_ids(self, tokenizer: Any) -> tuple[int, ...]:
+            return ()
+
     prompts = folder / "prompts.jsonl"
     rows = [{"prompt": f"Review of the movie {letter}:"} for letter in "ABCDEFGHIJKLMNOP"]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -98,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
+    from fastpref.trainer.demo import demo_model
+
     if chosen.alone:
         chosen.json.write_text(json.dumps(step(chosen.contenders[0], demo_model(), chosen.optim, chosen.alone)))
         return

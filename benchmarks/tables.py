@@ -13,6 +13,7 @@ GROUPS = {  # what a table of the suite is known by; a module of that name has i
     "head": ("loss", "head", "model", "dtype", "inputs"),
     "memory": ("model", "dtype", "memory_GiB"),
     "memory_cpu": ("head", "H", "V", "dtype"),
+    "memory_ppo": ("completions", "length", "optim"),
     "scaling": ("grows", "loss", "model", "dtype"),
     "ablation": (),
     "selective": ("pass", "model", "dtype"),
