@@ -38,10 +38,11 @@ void bind_head(py::module_& m) {
     py::gil_scoped_release release;
     on_live_threads(threads, [&] { head_kernels(isa).d_hidden(p, static_cast<Dtype>(dtype), threads); });
   });
-  m.def("head_d_weight", [](const std::string& isa, uintptr_t stored, uintptr_t scaled_hidden, uintptr_t out, int64_t n,
-                            int64_t hidden_size, int64_t vocab_size, int64_t stride, bool accumulate, int dtype, int threads) {
-    const Product p{at<void>(stored), at<void>(scaled_hidden), at<float>(out), n, hidden_size, vocab_size, hidden_size, stride,
-                    accumulate};
+  m.def("head_d_weight", [](const std::string& isa, uintptr_t stored, uintptr_t scaled_hidden, uintptr_t out, uintptr_t rounded,
+                            uintptr_t hidden, uintptr_t label, uintptr_t targets, int64_t n, int64_t hidden_size, int64_t vocab_size,
+                            int64_t stride, bool accumulate, int dtype, int threads) {
+    Product p{at<void>(stored), at<void>(scaled_hidden), at<float>(out), n, hidden_size, vocab_size, hidden_size, stride, accumulate};
+    p.rounded = at<void>(rounded), p.hidden = at<void>(hidden), p.label = at<float>(label), p.targets = at<int64_t>(targets);
     py::gil_scoped_release release;
     on_live_threads(threads, [&] { head_kernels(isa).d_weight(p, static_cast<Dtype>(dtype), threads); });
   });

@@ -45,6 +45,12 @@ struct Product {
   bool accumulate;
   int64_t dense_column = 1;
   bool dense_fp32 = false;  // d_hidden of 16-bit hidden: the weight is rounded to its dtype as it is read
+  // d_weight of 16-bit hidden, all or none; not with accumulate: label[t] hidden[t] is added to row targets[t], if there
+  // is one, and the sum is rounded once
+  void* rounded = nullptr;           // (V, H) in hidden's dtype, written; `out` is then not used
+  const void* hidden = nullptr;      // (n, H) contiguous
+  const float* label = nullptr;      // (n,)
+  const int64_t* targets = nullptr;  // (n,)
 };
 
 struct HeadKernels {

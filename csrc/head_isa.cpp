@@ -6,6 +6,9 @@
 //   d_hidden  C[t, h] = sum_v F[v, t] W[v, h]     both packed, a block of V at a time
 // Accumulators start afresh every KC of K (logits of fp32 inputs: KC_FP32), so that fp32 rounding does not grow with H.
 // What is not summed in registers is summed in a fixed order: same bits every run.
+#include <algorithm>
+#include <vector>
+
 #include "head.h"
 
 #ifdef _OPENMP
@@ -47,7 +50,7 @@ void score(const Scoring& s, int threads) {
   typedef typename Op::Operand Operand;
   constexpr int64_t MR = Op::MR, NR = Op::NR, KB = Op::K == 1 ? KC_FP32 : KC / Op::K;
   const int64_t n = s.n, H = s.hidden_size, V = s.vocab_size, padded = round_up(n, NR), steps = operands<Op>(H);
-  const int64_t panels = padded / NR, blocks = (V + kVocabBlock - 1) / kVocabBlock;
+  const int64_t panels = padded / NR, whole = round_up(n, VL), blocks = (V + kVocabBlock - 1) / kVocabBlock;
   Scratch<Operand> x(panels * steps * NR);
   Scratch<float> vectors(4 * padded);
   Scratch<int32_t> targets(padded);
@@ -87,17 +90,18 @@ void score(const Scoring& s, int threads) {
         const int64_t rows = smaller(end - v, MC), tall = round_up(rows, MR);
         const Rows<Op, W> w(weight.from(v), rows, tall, H, H, scratch);
         Ahead next(weight.from(v + MC), smaller(V - v - MC, MC), H, panels);
-        if (stored && padded < s.stride)
-          for (int64_t i = v; i < v + rows; ++i) std::memset(stored + i * s.stride + padded, 0, (s.stride - padded) * sizeof *stored);
+        if (stored && whole < s.stride)
+          for (int64_t i = v; i < v + rows; ++i) std::memset(stored + i * s.stride + whole, 0, (s.stride - whole) * sizeof *stored);
         for (int64_t p = 0; p < panels; ++p) {
           next.ask();
+          const int64_t wide = (smaller(n - p * NR, NR) + VL - 1) / VL;
           for (int64_t k = 0; k < steps; k += KB)
             for (int64_t i = 0; i < tall; i += MR)
-              Op::tile(smaller(steps - k, KB), w.data + i * w.stride + k, w.stride, Op::STEP, x.data + (p * steps + k) * NR,
-                       c + i * NR, NR, k > 0);
-          for (int64_t j = 0; j < NR; j += VL) {
+              tile_of<Op>(wide, smaller(steps - k, KB), w.data + i * w.stride + k, w.stride, Op::STEP,
+                          x.data + (p * steps + k) * NR, c + i * NR, NR, k > 0);
+          for (int64_t j = 0; j < wide * VL; j += VL) {
             const int64_t t = p * NR + j;
-            add(s, here, t, c + j, NR, v, rows, t < s.stride ? stored : nullptr);
+            add(s, here, t, c + j, NR, v, rows, stored);
           }
         }
       }
@@ -167,12 +171,43 @@ void d_hidden(const Product& g, int threads) {
   }
 }
 
-template <class Op, class T>
+// The label's terms of a d_weight that is rounded, by row of the weight.
+template <class X>
+struct Labels {
+  const Product& g;
+  std::vector<int64_t> order;
+  explicit Labels(const Product& g) : g(g), order(g.rounded ? g.n : 0) {
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return g.targets[a] < g.targets[b]; });
+  }
+  // to `rows` rows of the product from row v on; then rounds them
+  void finish(float* c, int64_t v, int64_t rows) const {
+    const int64_t H = g.hidden_size;
+    auto at = std::lower_bound(order.begin(), order.end(), v, [&](int64_t t, int64_t row) { return g.targets[t] < row; });
+    for (; at != order.end() && g.targets[*at] < v + rows; ++at) {
+      const X* x = static_cast<const X*>(g.hidden) + *at * H;
+      float* const row = c + (g.targets[*at] - v) * H;
+      for (int64_t i = 0; i < H; ++i) row[i] += g.label[*at] * to_float(x[i]);
+    }
+    X* const out = static_cast<X*>(g.rounded) + v * H;
+    int64_t i = 0;
+    for (; i + VL <= rows * H; i += VL) store(out + i, load(c + i));
+    float rest[VL] = {};
+    X rounded[VL];
+    std::memcpy(rest, c + i, (rows * H - i) * sizeof *c);
+    store(rounded, load(rest));
+    std::memcpy(out + i, rounded, (rows * H - i) * sizeof *out);
+  }
+};
+
+template <class Op, class T, class X>
 void d_weight(const Product& g, int threads) {
   typedef typename Op::Operand Operand;
   constexpr int64_t MR = Op::MR, NR = Op::NR, KB = KC / Op::K;
   const int64_t n = g.n, H = g.hidden_size, V = g.vocab_size, steps = operands<Op>(n), panels = (H + NR - 1) / NR;
   Scratch<Operand> x(panels * steps * NR), all_rows(threads * MC * steps);
+  Scratch<float> all_products(g.rounded ? threads * MC * H : 0);
+  const Labels<X> labels(g);
   const Matrix<T> stored{static_cast<const T*>(g.stored), g.stride, 1};
   const Matrix<float> hidden{static_cast<const float*>(g.dense), H, 1};
 
@@ -186,6 +221,7 @@ void d_weight(const Product& g, int threads) {
 #pragma omp for schedule(dynamic)
     for (int64_t v = 0; v < V; v += MC) {
       const int64_t rows = smaller(V - v, MC);
+      float* const out = g.rounded ? all_products.data + omp_get_thread_num() * MC * H : g.out + v * H;
       const Rows<Op, T> f(stored.from(v), rows, round_up(rows, MR), n, g.stride, scratch);
       Ahead next(stored.from(v + MC), smaller(V - v - MC, MC), n, panels);
       // once at least: without a token the product is 0
@@ -194,8 +230,9 @@ void d_weight(const Product& g, int threads) {
           if (k == 0) next.ask();
           for (int64_t i = 0; i < rows; i += MR)
             tile_into<Op>(smaller(steps - k, KB), f.data + i * f.stride + k, f.stride, Op::STEP, x.data + (panel * steps + k) * NR,
-                          g.out + (v + i) * H + panel * NR, H, rows - i, H - panel * NR, g.accumulate || k > 0);
+                          out + i * H + panel * NR, H, rows - i, H - panel * NR, g.accumulate || k > 0);
         }
+      if (g.rounded) labels.finish(out, v, rows);
     }
   }
 }
@@ -229,9 +266,9 @@ void d_hidden_entry(const Product& g, Dtype dtype, int threads) {
 }
 void d_weight_entry(const Product& g, Dtype dtype, int threads) {
   switch (dtype) {
-    case kFloat32: return d_weight<Single, float>(g, threads);
-    case kBFloat16:
-    case kFloat16: return d_weight<Half, bf16>(g, threads);
+    case kFloat32: return d_weight<Single, float, float>(g, threads);
+    case kBFloat16: return d_weight<Half, bf16, bf16>(g, threads);
+    case kFloat16: return d_weight<Half, bf16, fp16>(g, threads);
   }
 }
 

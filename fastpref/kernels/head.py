@@ -87,6 +87,7 @@ class Kernels(Protocol):
 
     TOKEN_DIM: int  # the dimension of a chunk that the tokens are along; the vocabulary is along the other
     STATIC: bool  # the host never waits for the device: no shape depends on a value
+    ROUNDS: bool  # has round_d_weight
 
     def label_dots(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: ...
 
@@ -113,6 +114,11 @@ class Kernels(Protocol):
     def scaled(self, x: Tensor, factor: Tensor) -> Tensor: ...
 
     def d_weight(self, chunk: Tensor, scaled: Tensor, factor: Tensor, out: Tensor, accumulate: bool) -> None: ...
+
+    # out = F^T scaled, and label[t] x[t] at row targets[t] if there is one; rounded once to the 16 bits of out and x
+    def round_d_weight(
+        self, chunk: Tensor, scaled: Tensor, x: Tensor, targets: Tensor, label: Tensor, out: Tensor
+    ) -> None: ...
 
     def add_d_bias(self, chunk: Tensor, factor: Tensor, out: Tensor) -> None: ...
 

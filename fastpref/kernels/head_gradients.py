@@ -60,22 +60,30 @@ class Gradients:
     hidden: Tensor | None  # (R, H)
     weight: Tensor | None  # (V, H)
     bias: Tensor | None  # (V,)
-    once: bool = False  # one `add_gradients` gives all: the weight's is in the weight's dtype, and zero before
+    once: bool = False  # one `add_gradients` gives all: the weight's is in the weight's dtype, and not initialised
 
     @staticmethod
     def zeros(problem: Problem, wanted: Sequence[bool], once: bool = False) -> "Gradients":
         """For hidden, weight and bias."""
         head, dtype = problem.head, accumulator(problem.hidden.dtype)
-        narrow = head.weight.dtype if once else dtype
 
         def like(which: int, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             return (
-                huge_pages(torch.zeros(x.shape, dtype=dtype, device=x.device))
+                huge_pages(torch.empty(x.shape, dtype=dtype, device=x.device))
                 if wanted[which] and x is not None
                 else None
             )
 
-        return Gradients(like(0, problem.hidden, dtype), like(1, head.weight, narrow), like(2, head.bias, dtype), once)
+        found = Gradients(
+            like(0, problem.hidden, dtype),
+            like(1, head.weight, head.weight.dtype if once else dtype),
+            like(2, head.bias, dtype),
+            once,
+        )
+        for x in (found.hidden, found.bias) if once else (found.hidden, found.weight, found.bias):
+            if x is not None:
+                x.zero_()
+        return found
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,8 @@ def add_gradients(
     # where the host does not wait, dead rows stay: kernels leave out blocks of them
     live = torch.arange(index.numel(), device=index.device) if kernels.STATIC else upstream.live()
     if not live.numel():
+        if out.once and out.weight is not None:
+            out.weight.zero_()
         return
     if chunk is not None and _tells_d(kernels, chunk, upstream, problem.head):
         if kernels.STATIC or not _worth_leaving_out(problem, index, scores, live):
@@ -143,9 +153,10 @@ def _add_from_chunk(
         _add_d_hidden(kernels, problem, part, chunk, head.weight, out)
     # a slab has a temporary the size of its dW, and unless F is as stored, of itself
     beside = hidden_size if as_stored else max(hidden_size, n)
-    in_place = as_stored and (out.weight is None or out.weight.dtype == part.factor.dtype)
+    rounds = kernels.ROUNDS and out.once
+    in_place = as_stored and (out.weight is None or rounds or out.weight.dtype == part.factor.dtype)
     step = vocab_size if in_place else _blocks(head.slab_bytes // (4 * beside))
-    for slab, d_weight in _slabs(head, out, step, part.factor.dtype):
+    for slab, d_weight in _slabs(head, out, step, part.factor.dtype, rounds):
         f = chunk.narrow(1 - kernels.TOKEN_DIM, slab.start, slab.stop - slab.start)
         if live is not None:
             f = _packed(kernels, f.index_select(kernels.TOKEN_DIM, live), head.weight[slab], f.dtype)
@@ -161,7 +172,8 @@ def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[_Part], st
     for part in parts:
         _add_label_to_hidden(kernels, problem, part, out)
     only = _operands(kernels, problem, parts[0]) if len(parts) == 1 else None
-    for slab, d_weight in _slabs(head, out, step, parts[0].factor.dtype):
+    rounds = kernels.ROUNDS and out.once and len(parts) == 1
+    for slab, d_weight in _slabs(head, out, step, parts[0].factor.dtype, rounds):
         for part in parts:
             operands = only or _operands(kernels, problem, part)
             f = _form_again(kernels, head.rows(slab.start, slab.stop), slab.start, operands.rows, part)
@@ -171,10 +183,15 @@ def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[_Part], st
             del f  # before the next one is made
 
 
-def _slabs(head: Head, out: Gradients, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor | None]]:
-    """Slabs of the vocabulary, each with what its dW is added to: rows of `out`, or a sum that is written there."""
+def _slabs(
+    head: Head, out: Gradients, step: int, dtype: torch.dtype, rounds: bool
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Slabs of the vocabulary, each with what its dW is added to: rows of `out`, or a sum that is written there.
+
+    `rounds`: what is 16-bit is written by round_d_weight.
+    """
     (vocab_size, hidden_size), weight = head.weight.shape, out.weight
-    narrow = weight is not None and weight.dtype != dtype
+    narrow = weight is not None and weight.dtype != dtype and not rounds
     total = head.weight.new_empty(min(step, vocab_size) if narrow else 0, hidden_size, dtype=dtype)
     for first in range(0, vocab_size, step):
         slab = slice(first, min(first + step, vocab_size))
@@ -313,7 +330,9 @@ def _add_slab(
 ) -> None:
     """To dW and db of the slab; not `accumulate`: dW is not initialised."""
     (rows, scaled, order), at = operands, operands.rows.targets - slab.start
-    if d_weight is not None:
+    if d_weight is not None and d_weight.dtype != part.factor.dtype:
+        kernels.round_d_weight(f, scaled, rows.x, at, part.label, d_weight)
+    elif d_weight is not None:
         kernels.d_weight(f, scaled, part.factor, d_weight, accumulate)
         kernels.add_rows(d_weight, at, rows.x, part.label, order)
     if d_bias is not None:

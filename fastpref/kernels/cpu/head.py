@@ -17,6 +17,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 TOKEN_DIM = 1
 STATIC = False
+ROUNDS = True
 
 
 def isa() -> str:
@@ -116,19 +117,34 @@ def scaled(x: Tensor, factor: Tensor) -> Tensor:
 
 def d_weight(chunk: Tensor, scaled: Tensor, factor: Tensor, out: Tensor, accumulate: bool) -> None:
     """out (V, H) fp32 = F^T scaled, or += if accumulate; scaled (n, H) fp32 is rounded to the product's operands."""
+    _d_weight(chunk, scaled, out, (None, None, None, None), accumulate, chunk.dtype)
+
+
+def round_d_weight(chunk: Tensor, scaled: Tensor, x: Tensor, targets: Tensor, label: Tensor, out: Tensor) -> None:
+    """out (V, H) = F^T scaled, and label[t] x[t] at row targets[t]; summed in fp32, rounded once to the dtype of x."""
+    of_label = out, x.contiguous(), label.contiguous(), targets.contiguous()
+    _d_weight(chunk, scaled, None, of_label, False, x.dtype)
+
+
+def _d_weight(
+    chunk: Tensor,
+    scaled: Tensor,
+    out: Tensor | None,
+    rounded: tuple[Tensor | None, ...],
+    accumulate: bool,
+    dtype: torch.dtype,
+) -> None:
     n, hidden_size = scaled.shape
     scaled = scaled.contiguous()
     _cpu.head_d_weight(
         isa(),
-        chunk.data_ptr(),
-        scaled.data_ptr(),
-        out.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (chunk, scaled, out, *rounded)),
         n,
         hidden_size,
-        out.shape[0],
+        chunk.shape[0],
         chunk.stride(0),
         accumulate,
-        0 if chunk.dtype == torch.float32 else 1,
+        _DTYPES[dtype],
         torch.get_num_threads(),
     )
 

@@ -22,6 +22,7 @@ from fastpref.kernels.triton._score import score_kernel, sums_kernel
 
 TOKEN_DIM = 0
 STATIC = True
+ROUNDS = False
 
 GROUP = 16  # row tiles of a band that runs side by side
 ALIGNED = 64  # columns that the rows of a chunk are padded to
