@@ -1,6 +1,7 @@
 """What a run shows: the table before and after, sample continuations, a plot of its metrics."""
 
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,10 +69,14 @@ def heading(name: str, model: nn.Module, device: torch.device, output_dir: str) 
 def continuations(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> list[list[str]]:
     """[prompt, greedy continuation], as text, of the first distinct prompts that are not empty."""
     model.eval()
+    # a table of positions ends somewhere: of a prompt that leaves no room in it, the end is read
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    new = min(SAMPLE_TOKENS, positions // 2)
     found = []
-    for prompt in list(dict.fromkeys(tuple(ids) for ids in prompts if ids))[:SAMPLES]:
+    for whole_prompt in list(dict.fromkeys(tuple(ids) for ids in prompts if ids))[:SAMPLES]:
+        prompt = whole_prompt[max(len(whole_prompt) - (positions - new), 0) :]
         ids = torch.tensor([prompt], device=model.device)
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": SAMPLE_TOKENS, "do_sample": False}
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
         whole = model.generate(ids, **options, pad_token_id=tokenizer.eos_token_id)  # no padding: not used
         parts = (ids[0], whole[0, len(prompt) :])
         found.append([str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts])
