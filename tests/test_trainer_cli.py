@@ -145,7 +145,7 @@ def test_a_missing_extra_is_named_with_its_line(capsys, monkeypatch):
 
 def test_our_refusals_are_one_line_and_other_errors_keep_their_traceback(capsys, monkeypatch):
     assert cli.main(["plan"]) == 1
-    assert capsys.readouterr().err == "fastpref: plan: give model_name_or_path, or hidden_size and vocab_size\n"
+    assert capsys.readouterr().err == "fastpref plan: give model_name_or_path, or hidden_size and vocab_size\n"
     monkeypatch.setattr(plan_table, "table", lambda options: int("not ours"))
     with pytest.raises(ValueError, match="not ours"):
         cli.main(["plan", "--hidden_size", "8", "--vocab_size", "100"])

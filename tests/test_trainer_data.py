@@ -92,6 +92,11 @@ def test_parquet_of_messages_survives_tokenizing(tmp_path, tokenizer):
         ),
         ("a.json", f"[{json.dumps(ROW)}, {{}}]", r"a\.json, item 1: columns wanted: chosen and rejected.*got none"),
         ("a.json", f"[{json.dumps(ROW)}", r"a\.json: not valid JSON"),
+        (
+            "a.jsonl",
+            '{"chosen": "\\ud800", "rejected": "\\ud83d\\ude00"}',
+            "line 1: not valid JSON.*surrogates",
+        ),
         ("a.jsonl", "\n", "holds no rows"),
         ("a.parquet", "text", "not a readable Parquet file"),
         ("a.csv", "chosen,rejected", r"a file must end in \.jsonl, \.json, \.parquet; got .*a\.csv"),

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import shutil
 from unittest.mock import Mock
 
 import pytest
@@ -18,11 +19,13 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from fastpref.losses.preference import Pairs
+from fastpref.trainer import report
 from fastpref.trainer.batches import items_of_step, my_batches
 from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
 from fastpref.trainer.dpo import DPOOptions, load_pairs, train
 from fastpref.trainer.metrics import MetricsLog, read_metrics
 from fastpref.trainer.start import causal_lm, split_by_prompt
+from tests import test_fused_lm_head
 from tests._trainer import (
     TWO_PROCESSES,
     WORDS,
@@ -320,12 +323,35 @@ def test_an_option_of_another_loss_is_refused():
         ({"per_device_train_batch_size": 49}, "48 training pairs do not fill one optimizer step of 49 pairs"),
         ({"test_split_size": 64}, "64 held-out examples leave nothing to train on"),
         ({"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
+        ({"lr_scheduler_type": "cosin"}, "dpo: unknown lr_scheduler_type 'cosin'; did you mean 'cosine'"),
+        ({"model_name_or_path": "./nowhere"}, r"dpo: no tokenizer to be had from './nowhere' \(no such folder\)"),
         ({"report_to": "wandb"}, "report_to wandb needs: pip install wandb"),
     ],
 )
 def test_what_cannot_run_is_refused_in_words(tiny, tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         train(options(tiny, tmp_path, **given))
+
+
+def test_a_folder_without_tokenizer_or_weights_is_named(tiny, tmp_path):
+    folder = tmp_path / "model"
+    for missing, pattern in {"weights": "*.safetensors", "tokenizer": "tokenizer*"}.items():
+        shutil.copytree(tiny / "model", folder, dirs_exist_ok=True)
+        for file in folder.glob(pattern):
+            file.unlink()
+        with pytest.raises(ValueError, match=f"dpo: no {missing.replace('weights', 'model')} to be had from .*model"):
+            train(options(tiny, tmp_path / "run", model_name_or_path=str(folder)))
+
+
+def test_samples_stay_within_the_positions_of_the_model():
+    class Words:
+        eos_token_id = None
+
+        def decode(self, ids, **_):
+            return str(len(ids))
+
+    model = test_fused_lm_head.tiny("gpt2", n_positions=32, eos_token_id=None)
+    assert report.continuations(model, Words(), [[5] * 40, [6] * 3]) == [["16", "16"], ["3", "16"]]
 
 
 def test_metrics_say_what_json_cannot_and_a_full_disk(tmp_path):

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # our own refusals are whole sentences; an error from anywhere else needs its traceback
         if not _raised_by_us(error):
             raise
-        print(f"fastpref: {error}", file=sys.stderr)
+        print(f"fastpref {name}: {str(error).removeprefix(f'{name}: ')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fastpref: interrupted", file=sys.stderr)

@@ -37,6 +37,7 @@ from fastpref.trainer.packing import enable_packing, pack, packs, through_rows
 from fastpref.trainer.prompts import Prompt, prompt_columns, tokenize_prompts
 from fastpref.trainer.rewards import Rewards
 from fastpref.trainer.rollout import Sample, Sampling, batches, drawn
+from fastpref.trainer.start import from_pretrained
 
 
 @dataclass(kw_only=True)
@@ -120,7 +121,8 @@ def evaluate(options: EvalOptions) -> dict[str, Figures]:
     o, state = options, PartialState()
     if state.num_processes > 1:
         raise ValueError(f"eval: runs in one process; got {state.num_processes}")
-    tokenizer = AutoTokenizer.from_pretrained(o.model_name_or_path)
+    assert o.model_name_or_path is not None
+    tokenizer = from_pretrained(AutoTokenizer, o.model_name_or_path, "eval")
     pairs, prompts = load(o, tokenizer)
     sources = [*([o.reward_model_path] if o.reward_model_path else []), *(o.reward_funcs or [])]
     score = (
@@ -211,7 +213,7 @@ class Both:
 
     def _load(self, name: str) -> Any:
         auto = AutoPeftModelForCausalLM if (Path(name) / "adapter_config.json").is_file() else AutoModelForCausalLM
-        model: Any = fused_lm_head(auto.from_pretrained(name, dtype=getattr(torch, self._options.dtype)))
+        model: Any = fused_lm_head(from_pretrained(auto, name, "eval", dtype=getattr(torch, self._options.dtype)))
         if reason := enable_packing(model):
             print(f"padding   {name} reads padded rows: {reason}", flush=True)
         model.to(self._device)

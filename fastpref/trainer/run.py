@@ -32,7 +32,7 @@ from fastpref.trainer.metrics import MetricsLog, Sums, Tally, means, merged, rea
 from fastpref.trainer.optimizers import make_optimizer
 from fastpref.trainer.options import MAY_CHANGE, TrainOptions
 from fastpref.trainer.sharded import WholeOptimizer, whole_weights
-from fastpref.trainer.start import causal_lm, start, where_to_start
+from fastpref.trainer.start import causal_lm, from_pretrained, start, where_to_start
 
 State = dict[str, Any]
 Metrics = dict[str, float | None]
@@ -141,7 +141,7 @@ def open_run(
         say("no dataset given, so film critics' quotes")
     with accelerator.main_process_first():
         name = o.model_name_or_path or demo_model()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = from_pretrained(AutoTokenizer, name, o.recipe)
         items, held_out = load(o, tokenizer, say)
     per_step = o.items_per_step(accelerator.num_processes)
     if len(items) < per_step:

@@ -1,6 +1,7 @@
 """Before the first step: processes and devices, where to start, the model, its optimizer groups, a held-out part."""
 
 import ctypes
+import difflib
 import os
 import random
 import sys
@@ -17,7 +18,7 @@ from accelerate.utils import AutocastKwargs, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType
 
 from fastpref import fused_lm_head
 from fastpref.trainer import checkpoint
@@ -44,9 +45,15 @@ def start(options: TrainOptions) -> Accelerator:
     """The processes and devices of this run, its precision and its tracker.
 
     Raises:
-        ValueError: the tracker is not installed, or the launcher asks for more than DDP and FSDP2.
+        ValueError: the schedule has no such name, the tracker is not installed, or the launcher asks for more than DDP
+            and FSDP2.
     """
     o = options
+    schedules = [kind.value for kind in SchedulerType]
+    if o.lr_scheduler_type not in schedules:
+        near = difflib.get_close_matches(o.lr_scheduler_type, schedules, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(schedules)}"
+        raise ValueError(f"{o.recipe}: unknown lr_scheduler_type {o.lr_scheduler_type!r}{hint}")
     if o.report_to != "none" and find_spec(o.report_to) is None:
         raise ValueError(f"start: report_to {o.report_to} needs: pip install {o.report_to}")
     # said outright: accelerate keeps the precision of an earlier run in this Python process unless told one
@@ -114,6 +121,20 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
     return None
 
 
+def from_pretrained(auto: Any, name: str, recipe: str, **options: Any) -> Any:
+    """auto.from_pretrained(name, **options); a ValueError names recipe and folder where that cannot be."""
+    try:
+        return auto.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        what = "tokenizer" if auto is AutoTokenizer else "model"
+        is_path = Path(name).is_absolute() or name.startswith((".", "~"))
+        why = "no such folder" if is_path and not Path(name).exists() else str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{recipe}: no {what} to be had from {name!r} ({why}). Wanted: a hub name, or a folder with config.json, "
+            "weights and the tokenizer's files, as save_pretrained writes them"
+        ) from error
+
+
 def causal_lm(options: TrainOptions, name: str, resumed: Path | None) -> Any:
     """The causal LM with a fused head, as `load_model` prepares it; padding_free: reading packed rows if it can."""
     model = fused_lm_head(load_model(AutoModelForCausalLM, options, name, resumed, task="CAUSAL_LM"))
@@ -132,7 +153,7 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
         task: peft's name for the kind of model.
         config: what to set in the model's configuration.
     Raises:
-        ValueError: name is the folder of an adapter.
+        ValueError: name is the folder of an adapter, or of no model.
     """
     if (Path(name) / "adapter_config.json").is_file():  # the reference would be its base, and so would KL
         raise ValueError(
@@ -140,7 +161,8 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
             "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         )
     source = name if resumed is None or options.use_peft else resumed
-    model: Any = auto.from_pretrained(source, dtype=getattr(torch, options.dtype), **config)
+    dtype = getattr(torch, options.dtype)
+    model: Any = from_pretrained(auto, str(source), options.recipe, dtype=dtype, **config)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # a difference between policy and reference that no preference caused; TRL does the same
