@@ -219,6 +219,36 @@ static void check_products(const HeadCase& c, const HeadKernels& kernels, const 
   }
 }
 
+// d_weight of 16-bit hidden, with the label's terms, rounded.
+static void check_rounded(const HeadCase& c, const HeadKernels& kernels, const Buffer& stored) {
+  if (c.dtype == kFloat32) return;
+  Buffer targets = c.targets.copy(0, c.targets.bytes, 8, rnd.bits), results[2];
+  for (int64_t t = 0; t < c.n; ++t)
+    if (c.without_label(t)) targets.as<int64_t>()[t] = t % 2 ? -1 : c.v + t;
+  for (int run = 0; run < 2; ++run) {
+    results[run] = Buffer(c.v * c.h * 2, 2, rnd.bits);
+    results[run].poison();
+    Product p{stored.data, c.scaled.data, nullptr, c.n, c.h, c.v, c.h, c.stride, false};
+    p.rounded = results[run].data, p.hidden = c.hidden.data, p.label = c.c1.as<float>(), p.targets = targets.as<int64_t>();
+    kernels.d_weight(p, c.dtype, run ? int(rnd.whole(2, 3)) : 1);
+    if (results[run].has_poison(2)) fail("the rounded d_weight left an entry unwritten");
+  }
+  if (!same(results[0], results[1], c.dtype)) fail("another rounded d_weight from other threads");
+  if (c.wild) return;
+  for (int64_t y = 0; y < c.v; ++y)
+    for (int64_t i = 0; i < c.h; ++i) {
+      double want = 0, size = 0;
+      for (int64_t t = 0; t < c.n; ++t) {
+        const double label = targets.as<int64_t>()[t] == y ? c.c1.as<float>()[t] * c.x(t, i) : 0;
+        const double product = decode(stored.data, c.chunk_dtype(), y * c.stride + t) * c.scaled.as<float>()[t * c.h + i];
+        want += product + label, size += std::fabs(product) + kEps * std::fabs(label) * 1024;
+      }
+      const double allowed = std::fabs(want) / 256 + size / 128 + 1e-7;  // 16 bits of the result and of the operand
+      if (c.dtype == kFloat16 && std::fabs(want) + allowed > 65504) continue;  // it may be infinite
+      expect_near(decode(results[0].data, c.dtype, y * c.h + i), want, allowed, "rounded d_weight", y, i);
+    }
+}
+
 static void check_label_dots(const HeadCase& c) {
   Buffer out(8 * c.n, 8, rnd.bits), again(8 * c.n, 8, rnd.bits);
   out.poison();
@@ -259,6 +289,7 @@ void check_head(const std::string& only) {
     Buffer stored;
     check_score(c, *kernels, stored);
     if (c.stores) check_products(c, *kernels, stored);
+    if (c.stores) check_rounded(c, *kernels, stored);
   }
   now = seed;
 }
