@@ -25,7 +25,7 @@ class PlanOptions:
     max_length: int = option(1024, "tokens of each of a pair's two sequences")
     prompt_length: int = option(0, "how many of them are prompt, which is not scored")
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "type of hidden states and head")
-    use_peft: bool = option(False, "the head is frozen, as under a LoRA adapter")
+    use_peft: bool = option(False, "the head is frozen, as where LoRA adapts other layers")
     device: Literal["cpu", "cuda"] = option("cuda" if torch.cuda.is_available() else "cpu", "where it runs")
     workspace: int | None = option(None, "MiB for the buffers of a chunk; none: 256 on CPU, 1/32 of a GPU's memory")
 
