@@ -69,7 +69,7 @@ ROWS = (
         32,
         0,
         0,
-        Config(Score(64, 64, 32, 8, 8, 2, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 4), True),
+        Config(Score(64, 64, 32, 8, 4, 2, 8), Product(64, 64, 32, 8, 3), Product(64, 64, 32, 8, 4), True),
         "",
     ),
     Row(
