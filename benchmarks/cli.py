@@ -9,7 +9,7 @@ Suites: head (log-probs, SFT, DPO, KTO, PPO and GRPO), selective (log-probs from
 (against float64), memory (the longest sequence that fits), scaling (cost as N, V and T grow), ablation (each
 optimisation off), trainer (whole DPO steps beside TRL's; fetches a model). Every contender's answer is checked before
 it is timed. Peers that are not installed are named as such; pip install 'fastpref[bench]' has most of them.
-benchmarks/run_cpu.sh makes every committed figure of a CPU, README's table and the plot.
+benchmarks/run_cpu.sh makes the committed figures of head and GAE on a CPU, README's table and the plot.
 
 Inputs are peaked, as a model's are, and half of each sequence is prompt: random hidden states make every softmax flat,
 and then whoever skips small probabilities skips everything. --inputs real takes hidden states of SmolLM2-135M over

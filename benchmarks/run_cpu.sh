@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The committed figures of a CPU, and README's table and plot from them, by one command on an idle machine:
+# The committed figures of head and GAE on a CPU, and README's table and plot from them, by one command on an idle machine:
 #
 #     bash benchmarks/run_cpu.sh [PART ...]        none: all, in the order below; about an hour on two cores
 #
