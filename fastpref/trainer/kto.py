@@ -108,7 +108,7 @@ def load_examples(
         say,
         columns=labelled_columns,
         tokenize=partial(tokenize_labelled, tokenizer=tokenizer, max_length=options.max_length),
-        demo=lambda held_out: demo_pairs(seed=options.seed, held_out=max(held_out // 2, 1)),
+        demo=lambda held_out: demo_pairs(seed=options.seed, held_out=-(-held_out // 2)),
     )
     desirable = sum(bool(example.desirable) for example in examples)
     good, bad = options.desirable_weight * desirable, options.undesirable_weight * (len(examples) - desirable)

@@ -102,6 +102,6 @@ def load_prompts(
 
 def _demo_prompts(seed: int, held_out: int) -> tuple[Sequence[Any], Sequence[Any]]:
     """`Review of the movie ...:`, each film once."""
-    both = demo_pairs(seed=seed, held_out=max(held_out, 1))
+    both = demo_pairs(seed=seed, held_out=held_out)
     train, test = ([{"prompt": p} for p in dict.fromkeys(row["prompt"] for row in rows)] for rows in both)
-    return train, test if held_out else []
+    return train, test

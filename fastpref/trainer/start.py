@@ -213,7 +213,8 @@ def load_items(
     size = options.test_split_size
     test_rows: Rows = None
     if options.dataset_name is None:
-        rows, test_rows = demo(int(size) if size >= 1 else 128)
+        rows, drawn = demo(128 if 0 < size < 1 else int(size))
+        test_rows = drawn or None
     else:
         read = partial(load_rows, options.dataset_name, config=options.dataset_config, columns=columns)
         rows = read(split=options.dataset_train_split)
