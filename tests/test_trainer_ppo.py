@@ -259,6 +259,12 @@ def test_refuses(tiny, tmp_path, given, message):
     assert str(refused.value).startswith("ppo: ") and message in str(refused.value)
 
 
+def test_refuses_more_minibatches_than_completions(tiny, tmp_path):
+    message = r"^ppo: num_mini_batches must be at most the completions of a step, 4; got 5"
+    with pytest.raises(ValueError, match=message):
+        train(options(tiny, tmp_path, per_device_train_batch_size=4, num_mini_batches=5, max_steps=1))
+
+
 def test_refuses_an_adapter_prompts_without_room_and_a_run_without_reward(tiny, plain, tmp_path):
     with pytest.raises(ValueError, match=r"^ppo: max_length must leave room for a prompt beside 4 new tokens; got 4$"):
         train(options(tiny, tmp_path, max_length=4))

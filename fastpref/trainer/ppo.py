@@ -77,7 +77,7 @@ class PPOOptions(OnlineOptions):
     kl_coef: float = option(0.05, "weight of the KL to the reference in the reward")
     adaptive_kl_target: float | None = option(None, "kl_coef is steered so that a completion's KL is this, nats")
     adaptive_kl_horizon: int = option(10_000, "completions in which it would change by a factor of e^0.2 at most")
-    target_kl: float | None = option(None, "a step ends early once the mean squared half log-ratio exceeds 1.5 of it")
+    target_kl: float | None = option(None, "a step ends early once half the mean squared log-ratio exceeds 1.5 of it")
     whiten_rewards: bool = option(False, "divide the rewards of a batch by their standard deviation")
     gamma: float = option(1.0, "discount of later rewards")
     lam: float = option(0.95, "GAE's lambda")
@@ -99,6 +99,15 @@ class PPOOptions(OnlineOptions):
             )
         if self.missing_eos_penalty is not None and not self.stop_token and self.stop_token_id is None:
             raise ValueError("ppo: missing_eos_penalty needs a stop token; got stop_token none and no stop_token_id")
+
+    def items_per_step(self, processes: int) -> int:
+        completions = super().items_per_step(processes)
+        if self.num_mini_batches > completions:
+            raise ValueError(
+                f"ppo: num_mini_batches must be at most the completions of a step, {completions}; "
+                f"got {self.num_mini_batches}"
+            )
+        return completions
 
     @property
     def new_tokens(self) -> int:
