@@ -35,6 +35,11 @@ def refusal(capsys, *words):
     return capsys.readouterr().err.splitlines()[-1]
 
 
+def test_texts_keep_their_ends():
+    shown = as_command("fastpref it", Options(name="runs/v1.0", learning_rate=2.0))
+    assert shown == "fastpref it --learning_rate 2 --name runs/v1.0"
+
+
 def test_only_what_was_given_is_returned():
     assert given() == {}
     assert given("--steps", "3", "--bf16", "--n", "x") == {"steps": 3, "bf16": True, "name": "x"}

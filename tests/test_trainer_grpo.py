@@ -10,12 +10,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
+from fastpref.losses.surrogates import POLICY_LOSSES
 from fastpref.trainer import forward, grpo
 from fastpref.trainer.grpo import GRPOOptions, group_advantages, train
 from fastpref.trainer.metrics import Tally, read_metrics
 from fastpref.trainer.online import draw, facts_of, open_online
 from fastpref.trainer.packing import pack
-from tests._online import AGREES, REPEATS, assert_resumes, make_tiny, online_options
+from tests._online import AGREES, REPEATS, assert_resumes, make_tiny, online_options, repeats
 from tests._trainer import assert_same_metrics, assert_same_weights, run_processes
 from tests.test_plan import measured_passes
 
@@ -195,6 +196,30 @@ def test_takes_what_trl_takes(tiny, tmp_path):
     assert options(tiny, tmp_path, reward_funcs=same).reward_funcs == [same]
     given = {"loss_type": "sapo", "sapo_temperature_neg": 1.3, "epsilon": 0.3}
     assert options(tiny, tmp_path, **given).of_loss == {"sapo_temperature_neg": 1.3, "epsilon": 0.3}
+
+
+class Judge:
+    """A reward that has neither a name nor, like a model on a device, a copy."""
+
+    def __call__(self, completions, **_):
+        return [float(len(text)) for text in completions]
+
+    def __deepcopy__(self, _):
+        raise TypeError("copied")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"reward_funcs": [Judge(), partial(repeats)]},
+        {"loss_type": partial(POLICY_LOSSES["dapo"], epsilon=0.1)},
+    ],
+    ids=["rewards", "loss"],
+)
+def test_functions_without_a_name_train_and_resume(tiny, tmp_path, given):
+    given |= {"per_device_train_batch_size": 16, "max_steps": 2, "save_steps": 1}
+    train(options(tiny, tmp_path, **given))
+    train(options(tiny, tmp_path, **given, resume_from_checkpoint=str(tmp_path / "checkpoint-1")))
 
 
 def test_refuses_half_a_group(tiny, tmp_path):

@@ -11,7 +11,7 @@ import os
 import shlex
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -114,8 +114,15 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"{name}: wanted {' or '.join(map(_describe, members))}; got {value!r}")
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """Its own name, or that of its class: a partial and an object with __call__ have none."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def _as_text(value: Any) -> str:
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value).removesuffix(".0")
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _as(value: Any, kind: Any) -> Any:

@@ -28,7 +28,7 @@ from fastpref.losses.preference import PREFERENCE_LOSSES
 from fastpref.trainer.batches import my_batches, of_all
 from fastpref.trainer.collate import IGNORE_INDEX
 from fastpref.trainer.command import run_command
-from fastpref.trainer.config import option
+from fastpref.trainer.config import name_of, option
 from fastpref.trainer.data import Pair, pair_columns, sequences_of, tokenize_pairs
 from fastpref.trainer.demo import demo_pairs
 from fastpref.trainer.encode import scored
@@ -95,7 +95,7 @@ class DPOOptions(TrainOptions):
 
     @property
     def loss_names(self) -> list[str]:
-        return [loss if isinstance(loss, str) else loss.__name__ for loss in self.losses]
+        return [loss if isinstance(loss, str) else name_of(loss) for loss in self.losses]
 
     @property
     def has_reference(self) -> bool:

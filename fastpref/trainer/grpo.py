@@ -28,7 +28,7 @@ from fastpref import linear_policy_loss
 from fastpref.losses.surrogates import POLICY_LOSSES
 from fastpref.trainer.collate import IGNORE_INDEX
 from fastpref.trainer.command import run_command
-from fastpref.trainer.config import option
+from fastpref.trainer.config import name_of, option
 from fastpref.trainer.forward import placed, tallied, through_head
 from fastpref.trainer.metrics import Sums, Tally, merged
 from fastpref.trainer.online import (
@@ -139,7 +139,7 @@ class GRPOOptions(OnlineOptions):
 
     @property
     def loss_name(self) -> str:
-        return self.loss_type if isinstance(self.loss_type, str) else self.loss_type.__name__
+        return self.loss_type if isinstance(self.loss_type, str) else name_of(self.loss_type)
 
     @property
     def reduction(self) -> str:

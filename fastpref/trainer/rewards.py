@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, TrainerState
 
 from fastpref.trainer.collate import collate
+from fastpref.trainer.config import name_of
 from fastpref.trainer.prompts import Prompt
 from fastpref.trainer.rollout import Sample, batches
 
@@ -101,7 +102,7 @@ class Rewards:
         if isinstance(source, tuple):
             return source
         if callable(source):
-            name = getattr(source, "__name__", type(source).__name__)
+            name = name_of(source)
             return name, partial(_of_function, name, source, tokenizer, self.trainer_state)
         if ":" in source:
             module, _, name = source.partition(":")

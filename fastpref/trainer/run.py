@@ -14,7 +14,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
 from fastpref.trainer import report
 from fastpref.trainer.batches import items_of_step
 from fastpref.trainer.checkpoint import last_whole, load_state, save_state, write_whole
+from fastpref.trainer.config import name_of
 from fastpref.trainer.demo import demo_model
 from fastpref.trainer.metrics import MetricsLog, Sums, Tally, means, merged, read_metrics
 from fastpref.trainer.optimizers import make_optimizer
@@ -193,7 +194,7 @@ def begin(
     if o.report_to != "none":
         # what an interrupted run logged past its checkpoint is logged again
         again = {"tensorboard": {"purge_step": state["step"] + 1}} if run.resumed else {}
-        shown = {key: str(value) for key, value in asdict(o).items()}
+        shown = {field.name: str(getattr(o, field.name)) for field in fields(o)}
         run.accelerator.init_trackers(f"fastpref-{o.recipe}", shown, again)
     log = MetricsLog(
         run.accelerator,
@@ -344,7 +345,8 @@ def continuations(run: Run) -> list[list[str]]:
 
 def identity(run: Run) -> dict[str, Any]:
     """What must be equal for a resumed run to go on as if nothing had happened."""
-    options = {key: _named(value) for key, value in asdict(run.options).items() if key not in MAY_CHANGE}
+    names = [field.name for field in fields(run.options) if field.name not in MAY_CHANGE]
+    options = {name: _named(getattr(run.options, name)) for name in names}
     data = f"{zlib.crc32(repr([run.items, run.held_out]).encode()):08x}"
     return {**options, "processes": run.accelerator.num_processes, "data checksum": data}
 
@@ -353,7 +355,7 @@ def _named(value: Any) -> Any:
     """A function by its name: a checkpoint cannot hold it."""
     if isinstance(value, list):
         return [_named(one) for one in value]
-    return value.__name__ if callable(value) else value
+    return name_of(value) if callable(value) else value
 
 
 def differences(now: dict[str, Any], state: State) -> list[str]:
