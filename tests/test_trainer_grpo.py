@@ -120,7 +120,8 @@ def test_where_no_completion_is_better_than_another_the_model_stays(tiny, tmp_pa
     given = {"dataset_name": str(tmp_path / "one.jsonl"), "max_steps": 2, "logging_steps": 1}
     train(options(tiny, tmp_path / "run", **given, reward_funcs=reward, mask_truncated_completions=True))
     for line in read_metrics(tmp_path / "run/metrics.jsonl"):
-        assert line["loss"] == 0 and line["grad_norm"] == 0 and line["frac_reward_zero_std"] == 1
+        # no loss is logged where every completion was cut short
+        assert line.get("loss", 0) == 0 and line["grad_norm"] == 0 and line["frac_reward_zero_std"] == 1
         assert line.get("reward") == (1.0 if reward is same else None)
     assert_same_weights(tmp_path / "run/model", tiny / "model", rtol=0, atol=0)
 
@@ -157,6 +158,22 @@ def test_padding_changes_nothing_and_a_group_reads_its_prompt_once(tiny, tmp_pat
         assert batch.branches and all(len(branch.completions) == 16 for branch in batch.branches)
     train(options(tiny, tmp_path / "padded", **given, padding_free=False))
     assert_same_metrics(tmp_path / "packed", tmp_path / "padded", abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"loss_type": "grpo"}, {"loss_type": "dr_grpo"}, {"loss_type": "dapo"}, {"mask_truncated_completions": True}],
+    ids=lambda given: str(next(iter(given.values()))),
+)
+def test_the_loss_that_is_logged_is_that_of_the_step_however_it_is_split(tiny, tmp_path, given):
+    """Means over sequences were weighed by tokens, and a batch without a token counted as one."""
+    given |= {"num_generations": 16, "max_steps": 1, "logging_steps": 1, "max_completion_length": 12, "beta": 0.1}
+    given |= {"num_iterations": 2}
+    train(options(tiny, tmp_path / "one", **given, per_device_train_batch_size=16))
+    train(options(tiny, tmp_path / "many", **given, per_device_train_batch_size=2, gradient_accumulation_steps=8))
+    (one,), (many,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
+    assert many["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert abs(one["loss"]) > 1e-4
 
 
 def test_killed_and_resumed_is_uninterrupted(tiny, tmp_path):

@@ -46,17 +46,20 @@ def tallied(
     *,
     share: float,
     weight: float,
+    items: float | None = None,
     **weights: float,
 ) -> Tensor:
     """The loss with the router's, if there is one; it and the metrics of its batch go to the tally.
 
-    share: what `loss` is of the batch's mean: 1, or its items over those of the whole step.
-    weight: the batch's items; weights: those of the metrics that are means over something else.
+    share: what `loss` is of the batch's mean: 1, or its items over those of the whole step; 0 where it has none.
+    weight: what the metrics are means over; weights: those of the metrics that are means over something else.
+    items: what the loss is a mean over; None: weight.
     """
     if aux_loss is not None:
         loss = loss + share * run.bare_model.config.get_text_config().router_aux_loss_coef * aux_loss
         metrics = {**metrics, "aux_loss": aux_loss}
-    tally.add({"loss": loss / share, **metrics}, weight, **weights)
+    weights["loss"] = weight if items is None else items
+    tally.add({"loss": loss / share if share else loss, **metrics}, weight, **weights)
     return loss
 
 

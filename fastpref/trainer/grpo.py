@@ -280,6 +280,7 @@ def backward_of_batch(run: Run, batch: Batch, num_items: int, indices: list[int]
 
     with roles.playing("actor"):
         (loss, metrics), aux_loss = through_head(run, roles, sequences_of(samples), head)
-        tokens = int(batch.mask[indices].sum())
-        share = max(tokens if o.reduction == "mean" else len(indices), 1) / num_items
-        run.accelerator.backward(tallied(run, tally, loss, metrics, aux_loss, share=share, weight=max(tokens, 1)))
+        tokens = int(batch.mask[indices].sum())  # 0 where all are masked
+        items = tokens if o.reduction == "mean" else len(indices)
+        weights = {"share": items / num_items, "weight": tokens, "items": items}
+        run.accelerator.backward(tallied(run, tally, loss, metrics, aux_loss, **weights))

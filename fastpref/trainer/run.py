@@ -221,6 +221,11 @@ class Update(NamedTuple):
     grad_norm: float
     learning_rate: float
 
+    @property
+    def loss(self) -> float:
+        """0 over no item at all, as where all completions are masked."""
+        return means(self.sums).get("loss", 0.0)
+
 
 def update(run: Run, step: int, batches: Iterable[tuple[Any, bool]], loss: Callable[[Any, Tally], Tensor]) -> Update:
     """One optimizer update.
@@ -252,7 +257,7 @@ def take(run: Run, step: int, tally: Tally) -> Update:
     if not finite(run, done):
         if not o.skip_nonfinite:
             raise FloatingPointError(nonfinite(run, step, done))
-        run.say(f"step {step} left out: loss {means(sums)['loss']}, gradient norm {norm}")
+        run.say(f"step {step} left out: loss {done.loss}, gradient norm {norm}")
         run.optimizer.zero_grad()
         return done._replace(sums={})
     run.optimizer.step()
@@ -264,13 +269,13 @@ def take(run: Run, step: int, tally: Tally) -> Update:
 
 def finite(run: Run, done: Update) -> bool:
     """Under float16 an infinite norm may pass: the loss scale is found so."""
-    return math.isfinite(means(done.sums)["loss"]) and (math.isfinite(done.grad_norm) or run.options.fp16)
+    return math.isfinite(done.loss) and (math.isfinite(done.grad_norm) or run.options.fp16)
 
 
 def nonfinite(run: Run, step: int, done: Update) -> str:
     last = last_whole(run.folder, run.accelerator.print)
     return (
-        f"{run.options.recipe}: loss {means(done.sums)['loss']} and gradient norm {done.grad_norm} at step {step}; "
+        f"{run.options.recipe}: loss {done.loss} and gradient norm {done.grad_norm} at step {step}; "
         f"stopped before the weights took it up. Last whole checkpoint: {last or 'none yet'}. A lower learning_rate or "
         "float32 may help; --skip_nonfinite leaves such a step out"
     )
