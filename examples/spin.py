@@ -21,6 +21,7 @@ from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.prompts import tokenize_prompts
 from fastpref.trainer.rewards import text_of
 from fastpref.trainer.rollout import Sampling, drawn
+from fastpref.trainer.start import padding_id
 
 AT_ONCE = 64  # prompts that are answered together
 
@@ -32,9 +33,7 @@ def own_answers(model_name: str, dataset: str, max_new_tokens: int, seed: int, p
     prompts, _ = tokenize_prompts(rows, tokenizer, max_length=None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_name).to(device).eval()
-    eos = tokenizer.eos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    how = Sampling(max_new_tokens, 1.0, (eos,), pad, AT_ONCE)
+    how = Sampling(max_new_tokens, 1.0, (tokenizer.eos_token_id,), padding_id(tokenizer), AT_ONCE)
     samples = []
     for first in tqdm(range(0, len(prompts), AT_ONCE), desc="own answers", unit="batch", disable=None):
         wanted = [(i, 0) for i in range(first, min(first + AT_ONCE, len(prompts)))]

@@ -86,4 +86,8 @@ def test_refuses(tiny, tmp_path):
         make(options(tiny, tmp_path / "x", reward_funcs=["tests._online:nothing"]))
     with pytest.raises(ValueError, match=r"^pairs: no prompt has completions whose scores differ by more than 1$"):
         make(options(tiny, tmp_path / "x", min_margin=1.0))
+    with pytest.raises(ValueError, match=r"^pairs: no tokenizer to be had from '/nowhere' \(no such folder\)"):
+        make(options(tiny, tmp_path / "x", model_name_or_path="/nowhere"))
+    with pytest.raises(ValueError, match=r"^RewardModel: no model to be had from '/nowhere' \(no such folder\)"):
+        make(options(tiny, tmp_path / "x", reward_funcs=["/nowhere"]))
     assert not (tmp_path / "x").exists()

@@ -193,6 +193,12 @@ def test_plan_of_a_frozen_head_is_cheaper():
     assert "why 2 passes: frozen head" in shown[1]
 
 
+def test_plan_names_the_folder_that_is_not_there():
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=r"^plan: no configuration to be had from '/nowhere' \(no such folder\)"):
+        plan_table.head_sizes(plan_table.PlanOptions(model_name_or_path="/nowhere"))
+
+
 def test_plan_reads_a_model(tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.LlamaConfig(hidden_size=64, vocab_size=777).save_pretrained(tmp_path)

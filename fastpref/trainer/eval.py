@@ -34,10 +34,11 @@ from fastpref.trainer.data import Pair, pair_columns, sequences_of, tokenize_pai
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.encode import scored
 from fastpref.trainer.packing import enable_packing, pack, packs, through_rows
+from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.prompts import Prompt, prompt_columns, tokenize_prompts
 from fastpref.trainer.rewards import Rewards
 from fastpref.trainer.rollout import Sample, Sampling, batches, drawn
-from fastpref.trainer.start import from_pretrained
+from fastpref.trainer.start import padding_id
 
 
 @dataclass(kw_only=True)
@@ -198,18 +199,13 @@ class Both:
             max_new_tokens=o.max_completion_length,
             temperature=o.temperature,
             stop_ids=(tokenizer.eos_token_id,),
-            pad_id=self._pad,
+            pad_id=padding_id(tokenizer),
             batch_size=o.per_device_eval_batch_size,
         )
         wanted = [(i, k) for i in range(len(prompts)) for k in range(o.num_generations)]
         with self.model(side) as model:
             # not the same numbers for both: the samples of one must say nothing of the other's
             return drawn(model, prompts, wanted, how, o.seed, ["policy", "reference"].index(side))
-
-    @property
-    def _pad(self) -> int:
-        tokenizer = self._tokenizer
-        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def _load(self, name: str) -> Any:
         auto = AutoPeftModelForCausalLM if (Path(name) / "adapter_config.json").is_file() else AutoModelForCausalLM
@@ -226,7 +222,7 @@ class Both:
         if packs(model):
             logps = through_rows(model, pack(sequences).to(self._device), head)
         else:
-            padded = {name: x.to(self._device) for name, x in collate(sequences, self._pad).items()}
+            padded = {name: x.to(self._device) for name, x in collate(sequences, padding_id(self._tokenizer)).items()}
             logps = model(head=partial(head, targets=padded.pop("targets")), **padded)
         counts = [scored(*sequence) for sequence in sequences]
         return torch.stack([own.double().sum() for own in logps.cpu().split(counts)])

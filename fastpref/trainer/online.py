@@ -26,7 +26,7 @@ from fastpref.trainer.rewards import Rewards, text_of
 from fastpref.trainer.roles import Roles, is_adapter_of
 from fastpref.trainer.rollout import Sample, Sampling, batches, check_sampling, drawn, score_tokens, seed_of
 from fastpref.trainer.run import Metrics, Run, State, Update, open_run, take
-from fastpref.trainer.start import causal_lm
+from fastpref.trainer.start import causal_lm, padding_id
 
 SHOWN = 2  # rollouts in the report, and a line of metrics' worth of rollouts.jsonl
 
@@ -153,9 +153,8 @@ def sequences_of(samples: Sequence[Sample]) -> list[PromptAndCompletion]:
 
 def sampling(run: Run) -> Sampling:
     o, tokenizer = run.options, run.tokenizer
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     own: dict[str, Any] = {"top_p": o.top_p, "top_k": o.top_k, "min_p": o.min_p}
-    return Sampling(o.new_tokens, o.temperature, o.stop_ids(tokenizer), pad, o.rollout_batch, **own)
+    return Sampling(o.new_tokens, o.temperature, o.stop_ids(tokenizer), padding_id(tokenizer), o.rollout_batch, **own)
 
 
 def draw(

@@ -25,9 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fastpref.trainer.config import given_options, option
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.demo import demo_model
+from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.prompts import Prompt, prompt_columns, tokenize_prompts
 from fastpref.trainer.rewards import Rewards, completion_of
 from fastpref.trainer.rollout import Sample, Sampling, check_sampling, drawn
+from fastpref.trainer.start import padding_id
 
 
 @dataclass(kw_only=True)
@@ -98,12 +100,12 @@ def make(options: PairsOptions) -> Made:
     o, state = options, PartialState()
     with state.main_process_first():
         name = o.model_name_or_path or demo_model()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = from_pretrained(AutoTokenizer, name, o.recipe)
         prompts = load(o, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, o.dtype)).to(state.device).eval()
+    model = from_pretrained(AutoModelForCausalLM, name, o.recipe, dtype=getattr(torch, o.dtype)).to(state.device).eval()
     sources = [*([o.reward_model_path] if o.reward_model_path else []), *(o.reward_funcs or [])]
     rewards = Rewards(sources, o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = padding_id(tokenizer)
     stop = (tokenizer.eos_token_id,)
     kept: dict[str, Any] = {"top_p": o.top_p, "top_k": o.top_k, "min_p": o.min_p}
     how = Sampling(o.max_completion_length, o.temperature, stop, pad, o.per_device_eval_batch_size, **kept)

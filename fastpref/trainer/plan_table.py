@@ -9,6 +9,7 @@ import torch
 
 from fastpref import Plan, plan
 from fastpref.trainer.config import given_options, option
+from fastpref.trainer.pretrained import from_pretrained
 
 FOOTNOTE = """One pass is 2 N H V FLOP. Peak memory is beyond inputs, outputs and the gradients returned. The row of
 fastpref is its plan. The other rows are formula, not measured, read from the source for GPUs of TRL 1.16 (which, of
@@ -112,7 +113,7 @@ def head_sizes(options: PlanOptions) -> tuple[int, int]:
         except ImportError as error:
             needs = "pip install 'fastpref[train]'. Or give hidden_size and vocab_size"
             raise ImportError(f"plan: model_name_or_path needs transformers: {needs}") from error
-        config = AutoConfig.from_pretrained(str(options.model_name_or_path)).get_text_config()
+        config = from_pretrained(AutoConfig, str(options.model_name_or_path), "plan").get_text_config()
         h, v = h or config.hidden_size, v or config.vocab_size
     return h, v
 

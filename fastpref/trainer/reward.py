@@ -31,6 +31,7 @@ from fastpref.trainer.data import Pair, pair_columns, sequences_of, tokenize_pai
 from fastpref.trainer.demo import demo_pairs
 from fastpref.trainer.metrics import Tally, means
 from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
 from fastpref.trainer.start import load_items, load_model, padding_id
 
@@ -100,7 +101,7 @@ def load_pairs(
 
 def scorer(options: RewardOptions, name: str, resumed: Path | None) -> Any:
     """The model with a head of one number; without a score head in its checkpoint, a random one."""
-    pad = padding_id(AutoTokenizer.from_pretrained(name))
+    pad = padding_id(from_pretrained(AutoTokenizer, name, options.recipe))
     auto = AutoModelForSequenceClassification
     return load_model(auto, options, name, resumed, task="SEQ_CLS", num_labels=1, pad_token_id=pad)
 

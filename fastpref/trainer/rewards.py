@@ -27,8 +27,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from fastpref.trainer.collate import collate
 from fastpref.trainer.config import name_of
+from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.prompts import Prompt
 from fastpref.trainer.rollout import Sample, batches
+from fastpref.trainer.start import padding_id
 
 OURS = (
     "prompts",
@@ -153,14 +155,13 @@ class RewardModel:
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int) -> None:
         is_adapter = (Path(name) / "adapter_config.json").is_file()
         auto: Any = AutoPeftModelForSequenceClassification if is_adapter else AutoModelForSequenceClassification
-        model = auto.from_pretrained(name, **({"num_labels": 1} if is_adapter else {}))
+        model = from_pretrained(auto, name, "RewardModel", **({"num_labels": 1} if is_adapter else {}))
         if model.config.num_labels != 1:
             raise ValueError(f"RewardModel: {name} must have one label; got {model.config.num_labels}")
         self._model = model.to(device).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(name)
+        self._tokenizer = from_pretrained(AutoTokenizer, name, "RewardModel")
         if model.config.pad_token_id is None:  # by which it finds the last token
-            pad, eos = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
-            model.config.pad_token_id = eos if pad is None else pad
+            model.config.pad_token_id = padding_id(self._tokenizer)
         self._same = self._tokenizer.get_vocab() == tokenizer.get_vocab()
         self._policys, self._device, self._batch_size = tokenizer, device, batch_size
 

@@ -32,8 +32,9 @@ from fastpref.trainer.demo import demo_model
 from fastpref.trainer.metrics import MetricsLog, Sums, Tally, means, merged, read_metrics
 from fastpref.trainer.optimizers import make_optimizer
 from fastpref.trainer.options import MAY_CHANGE, TrainOptions
+from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.sharded import WholeOptimizer, whole_weights
-from fastpref.trainer.start import causal_lm, from_pretrained, start, where_to_start
+from fastpref.trainer.start import causal_lm, start, where_to_start
 
 State = dict[str, Any]
 Metrics = dict[str, float | None]

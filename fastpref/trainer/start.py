@@ -18,13 +18,14 @@ from accelerate.utils import AutocastKwargs, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, SchedulerType
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, SchedulerType
 
 from fastpref import fused_lm_head
 from fastpref.trainer import checkpoint
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.options import TrainOptions
 from fastpref.trainer.packing import enable_packing
+from fastpref.trainer.pretrained import from_pretrained
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 aten = torch.ops.aten
@@ -119,20 +120,6 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
         for path in earlier:
             checkpoint.remove(path)
     return None
-
-
-def from_pretrained(auto: Any, name: str, recipe: str, **options: Any) -> Any:
-    """auto.from_pretrained(name, **options); a ValueError names recipe and folder where that cannot be."""
-    try:
-        return auto.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        what = "tokenizer" if auto is AutoTokenizer else "model"
-        is_path = Path(name).is_absolute() or name.startswith((".", "~"))
-        why = "no such folder" if is_path and not Path(name).exists() else str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{recipe}: no {what} to be had from {name!r} ({why}). Wanted: a hub name, or a folder with config.json, "
-            "weights and the tokenizer's files, as save_pretrained writes them"
-        ) from error
 
 
 def causal_lm(options: TrainOptions, name: str, resumed: Path | None) -> Any:
