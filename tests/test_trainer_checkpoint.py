@@ -146,3 +146,12 @@ def test_limit_removes_the_oldest(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
     save_state(accelerator, tmp_path, {"step": 12}, {}, fill_model, limit=None)
     assert len(checkpoints(tmp_path)) == 3
+
+
+def test_an_error_that_is_not_of_the_disk_comes_through(tmp_path):
+    def fill(path):
+        raise RuntimeError("some tensors share memory")
+
+    with pytest.raises(RuntimeError, match=r"^some tensors share memory$"):
+        write_whole(tmp_path / "model", fill)
+    assert not any(tmp_path.iterdir())

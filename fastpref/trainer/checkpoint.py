@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20  # bytes read at once
+# what torch.save and safetensors say, not as an OSError, when a write fails
+FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "I/O error")
 
 
 def save_state(
@@ -93,11 +95,9 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         remove(folder)
         aside.rename(folder)
         _sync(folder.parent)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # the last two: torch.save and safetensors, of a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not isinstance(error, OSError) and not any(words in str(error) for words in FAILED_WRITES):
+            raise
         raise OSError(f"write_whole: could not write {folder}: {error}. Nothing of it was left behind") from error
     finally:
         remove(aside)
