@@ -197,7 +197,7 @@ def test_two_processes_make_the_run_of_one(tiny, tmp_path):
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"scale_rewards": "groups"}, "scale_rewards must be paper, group, batch or none; got 'groups'"),
         ({"top_p": 0.0}, "top_p must be in (0, 1]"),
-        ({"loss_type": "grop"}, "loss_type must be one of ppo, grpo"),
+        ({"loss_type": "grop"}, "loss_type must be a function or one of ppo, grpo"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation must be a multiple"),
     ],
 )
@@ -207,12 +207,17 @@ def test_refuses(tiny, tmp_path, given, message):
     assert str(refused.value).startswith("grpo: ") and message in str(refused.value)
 
 
+def test_an_option_of_another_loss_is_refused(tiny, tmp_path):
+    with pytest.raises(TypeError, match=r"^grpo: 'epsilon' is no option of reinforce"):
+        options(tiny, tmp_path, loss_type="reinforce", epsilon=0.1)
+
+
 def test_takes_what_trl_takes(tiny, tmp_path):
     assert options(tiny, tmp_path, scale_rewards=False).scale_rewards == "none"
     assert options(tiny, tmp_path, scale_rewards=True).scale_rewards == "group"
     assert options(tiny, tmp_path, reward_funcs=same).reward_funcs == [same]
-    given = {"loss_type": "sapo", "sapo_temperature_neg": 1.3, "epsilon": 0.3}
-    assert options(tiny, tmp_path, **given).of_loss == {"sapo_temperature_neg": 1.3, "epsilon": 0.3}
+    given = {"sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.3}
+    assert options(tiny, tmp_path, loss_type="sapo", **given).of_loss == given
 
 
 class Judge:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastpref import linear_policy_loss
+from fastpref.losses._protocol import resolve, trait
 from fastpref.losses.surrogates import POLICY_LOSSES
 from fastpref.trainer.collate import IGNORE_INDEX
 from fastpref.trainer.command import run_command
@@ -93,8 +94,7 @@ class GRPOOptions(OnlineOptions):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         if self.scale_rewards not in ("paper", "group", "batch", "none"):
             raise ValueError(f"grpo: scale_rewards must be paper, group, batch or none; got {self.scale_rewards!r}")
-        if isinstance(self.loss_type, str) and self.loss_type not in POLICY_LOSSES:
-            raise ValueError(f"grpo: loss_type must be one of {', '.join(POLICY_LOSSES)}; got {self.loss_type!r}")
+        resolve("grpo", POLICY_LOSSES, self.loss_type, None, self.of_loss, given=())
         if self.batches % self.gradient_accumulation_steps:
             raise ValueError(
                 "grpo: steps_per_generation must be a multiple of gradient_accumulation_steps; "
@@ -145,7 +145,7 @@ class GRPOOptions(OnlineOptions):
     def reduction(self) -> str:
         """Over what the loss is a mean: tokens (mean), completions, or a constant."""
         loss = POLICY_LOSSES[self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
-        return getattr(loss, "reduction", "mean")
+        return trait(loss, "reduction")
 
 
 def main(argv: Sequence[str]) -> int:
