@@ -32,12 +32,12 @@ REFUSALS = {
     "ref_hidden alone": (
         {**NONE, "ref_hidden": torch.zeros(4, 9, 21)},
         ValueError,
-        "ref_hidden and ref_weight go together",
+        "ref_hidden and ref_weight go together; got only ref_hidden",
     ),
     "ref_weight alone": (
         {**NONE, "ref_weight": torch.zeros(67, 21)},
         ValueError,
-        "ref_hidden and ref_weight go together",
+        "ref_hidden and ref_weight go together; got only ref_weight",
     ),
     "ref shape": ({"ref_logps": torch.zeros(3)}, ValueError, r"ref_logps must be \(4,\).*; got \(3,\)"),
     "ref token shape": (
@@ -50,7 +50,22 @@ REFUSALS = {
     "ref_hidden shape": (
         {**NONE, "ref_hidden": torch.zeros(4, 8, 21), "ref_weight": torch.zeros(67, 21)},
         ValueError,
-        r"ref_hidden|targets must",
+        r"targets must be \(4, 8\), as ref_hidden is \(4, 8, 21\); got \(4, 9\)",
+    ),
+    "ref_weight shape": (
+        {**NONE, "ref_hidden": torch.zeros(4, 9, 21), "ref_weight": torch.zeros(67, 20)},
+        ValueError,
+        r"ref_weight must be \(V, 21\), as ref_hidden is \(..., H\); got \(67, 20\)",
+    ),
+    "a trained bias for the reference": (
+        {
+            **NONE,
+            "ref_hidden": torch.zeros(4, 9, 21),
+            "ref_weight": torch.zeros(67, 21),
+            "bias": torch.zeros(67, requires_grad=True),
+        },
+        ValueError,
+        "ref_hidden is scored with the same bias, which must then be frozen; got one that requires grad",
     ),
     "beta 0": ({"beta": 0.0}, ValueError, "beta must be > 0 and finite; got 0.0"),
     "beta < 0": ({"beta": -0.1}, ValueError, "beta must be > 0 and finite; got -0.1"),

@@ -119,7 +119,7 @@ def test_preference_loss_of_many_chunks(batch, with_bias_frozen):
 def check_loss(batch: Batch, with_bias_frozen: bool) -> None:
     case, call, b = batch.case, batch.call, len(batch.ref) // 2
     leaves = {k: call[k].detach().requires_grad_() for k in ("hidden", "weight", "bias") if k in call}
-    if with_bias_frozen:
+    if with_bias_frozen or "ref_hidden" in call:
         leaves.pop("bias", None)
     loss_type, own = LOSSES[batch.name]
     result = linear_preference_loss(**{**call, **leaves}, loss_type=loss_type, **own)

@@ -64,7 +64,8 @@ def reference(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(sums (n_sequences,), per token (M,)) under the reference, at most one of them; None where not known."""
     if (ref_hidden is None) != (ref_weight is None):
-        raise ValueError(f"{fn}: ref_hidden and ref_weight go together; got only one")
+        only = "ref_weight" if ref_hidden is None else "ref_hidden"
+        raise ValueError(f"{fn}: ref_hidden and ref_weight go together; got only {only}")
     given = {
         "ref_logps": ref_logps is not None,
         "ref_token_logps": ref_token_logps is not None,
@@ -93,8 +94,13 @@ def reference(
         _check.same_shape(fn, targets=targets, ref_token_logps=ref_token_logps)
         return None, ref_token_logps.detach().reshape(-1).to(dtype)
     if ref_hidden is not None and ref_weight is not None:
+        if head.bias is not None and head.bias.requires_grad:
+            raise ValueError(
+                f"{fn}: ref_hidden is scored with the same bias, which must then be frozen; got one that requires "
+                "grad: give ref_token_logps, which linear_logps computes with the reference's own"
+            )
         with torch.no_grad():
-            ref = _head.flatten(fn, ref_hidden, ref_weight, targets, head)
+            ref = _head.flatten(fn, ref_hidden, ref_weight, targets, head, "ref_")
             return None, token_outputs(fn, ref, only_logps=True)["logps"]
     return None, None
 

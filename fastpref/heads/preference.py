@@ -84,7 +84,7 @@ def linear_preference_loss(
         ref_logps: (2B,) log-probs of the completions under the reference, summed, nats. Or
         ref_token_logps: the same per token, shaped like targets. Or
         ref_hidden, ref_weight: the reference's hidden states and head; scored here in one pass, without gradient, with
-            the same head options. Or
+            the same head options, a bias among them, which must be frozen. Or
         reference_free: the reference counts as uniform. At most one of the four.
         f_divergence_type: the pull to the reference: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence"
             with f_alpha_divergence_coef in [0, 1], None: 0.5 (f-DPO, Wang et al. 2023, arXiv:2309.16240); for sigmoid,

@@ -76,36 +76,43 @@ def shard(group: str | None, bounds: list[int], all_sums: bool = True) -> Shard 
     return None if group is None else Shard(group, bounds, all_sums)
 
 
-def flatten(fn: str, hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions) -> FlatHead:
-    """The call laid flat: shapes, dtypes, devices and options checked; values are checked where the rows are read."""
+def flatten(
+    fn: str, hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions, prefix: str = ""
+) -> FlatHead:
+    """The call laid flat: shapes, dtypes, devices and options checked; values are checked where the rows are read.
+
+    `prefix`: hidden and weight are the user's {prefix}hidden and {prefix}weight.
+    """
+    h, w = f"{prefix}hidden", f"{prefix}weight"
     bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group = options[:8]
     workspace, max_extra_bytes, deterministic, check_finite, backend = options[8:]
     check_max_extra_bytes(fn, max_extra_bytes)
-    _check.tensors(fn, hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows, cu_seqlens=cu_seqlens)
-    _refuse_sharded(fn, weight=weight, bias=bias)
+    others = {"targets": targets, "bias": bias, "rows": rows, "cu_seqlens": cu_seqlens}
+    _check.tensors(fn, **{h: hidden, w: weight}, **others)
+    refuse_sharded(fn, **{w: weight, "bias": bias})
     if backend != "reference":
-        _check.reverse_mode_only(fn, hidden=hidden, weight=weight, bias=bias)
+        _check.reverse_mode_only(fn, **{h: hidden, w: weight, "bias": bias})
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{fn}: backend must be None or one of {', '.join(BACKENDS)}; got {backend!r}")
     hidden, weight, bias, autocast_weight = under_autocast(hidden, weight, bias)
-    _check.rank(fn, (2, 3), hidden=hidden)
-    _check.rank(fn, (2,), weight=weight)
+    _check.rank(fn, (2, 3), **{h: hidden})
+    _check.rank(fn, (2,), **{w: weight})
     _check.rank(fn, (1,), bias=bias, rows=rows, cu_seqlens=cu_seqlens)
     eager = backend in ("reference", "torch")
-    _check.floating(fn, (*_check.FLOATS, *((torch.float64,) if eager else ())), hidden=hidden)
-    _check.same_dtype(fn, hidden=hidden, weight=None if autocast_weight else weight, bias=bias)
-    _check.same_device(fn, hidden=hidden, weight=weight, targets=targets, bias=bias, rows=rows, cu_seqlens=cu_seqlens)
+    _check.floating(fn, (*_check.FLOATS, *((torch.float64,) if eager else ())), **{h: hidden})
+    _check.same_dtype(fn, **{h: hidden, w: None if autocast_weight else weight, "bias": bias})
+    _check.same_device(fn, **{h: hidden, w: weight}, **others)
     vocab_size, hidden_size = weight.shape
     if hidden.shape[-1] != hidden_size:
         raise ValueError(
-            f"{fn}: weight must be (V, {hidden.shape[-1]}), as hidden is (..., H); got {tuple(weight.shape)}"
+            f"{fn}: {w} must be (V, {hidden.shape[-1]}), as {h} is (..., H); got {tuple(weight.shape)}"
         )
     if hidden_size == 0 or (vocab_size == 0 and process_group is None):
-        raise ValueError(f"{fn}: weight must be (V, H) with V, H >= 1; got {tuple(weight.shape)}")
+        raise ValueError(f"{fn}: {w} must be (V, H) with V, H >= 1; got {tuple(weight.shape)}")
     if bias is not None and bias.shape[0] != vocab_size:
-        raise ValueError(f"{fn}: bias must be ({vocab_size},), the rows of weight; got {tuple(bias.shape)}")
+        raise ValueError(f"{fn}: bias must be ({vocab_size},), the rows of {w}; got {tuple(bias.shape)}")
     _check.integer(fn, targets=targets, rows=rows, cu_seqlens=cu_seqlens)
-    _check_layout(fn, hidden, targets, rows, cu_seqlens)
+    _check_layout(fn, h, hidden, targets, rows, cu_seqlens)
 
     check_bending(fn, softcap, logit_scale)
     if workspace is None:
@@ -115,7 +122,7 @@ def flatten(fn: str, hidden: Tensor, weight: Tensor, targets: Tensor, options: H
         check_group(fn, process_group, hidden.device, backend)
         bounds, workspace = agree(fn, process_group, hidden, weight, targets.numel(), workspace)
         if min(b - a for a, b in pairwise(bounds)) == 0:
-            raise ValueError(f"{fn}: weight must have a row or more on every process; got bounds {bounds}")
+            raise ValueError(f"{fn}: {w} must have a row or more on every process; got bounds {bounds}")
         group = process_group.group_name
     check_workspace(fn, workspace, most_rows(bounds), hidden.dtype)
     if not isinstance(ignore_index, int):
@@ -159,7 +166,7 @@ def recorded(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _refuse_sharded(fn: str, **arguments: Tensor | None) -> None:
+def refuse_sharded(fn: str, **arguments: Tensor | None) -> None:
     for name, value in arguments.items():
         if value is not None and type(value).__name__ == "DTensor":
             raise ValueError(
@@ -168,20 +175,22 @@ def _refuse_sharded(fn: str, **arguments: Tensor | None) -> None:
             )
 
 
-def _check_layout(fn: str, hidden: Tensor, targets: Tensor, rows: Tensor | None, cu_seqlens: Tensor | None) -> None:
+def _check_layout(
+    fn: str, name: str, hidden: Tensor, targets: Tensor, rows: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
     shape = tuple(hidden.shape)
     if rows is not None:
         if hidden.dim() != 2:
-            raise ValueError(f"{fn}: rows wants packed hidden (N, H); got {shape}")
+            raise ValueError(f"{fn}: rows wants packed {name} (N, H); got {shape}")
         if targets.shape != rows.shape:
             raise ValueError(
                 f"{fn}: targets must have the shape of rows, {tuple(rows.shape)}; got {tuple(targets.shape)}"
             )
     elif targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"{fn}: targets must be {shape[:-1]}, as hidden is {shape}; got {tuple(targets.shape)}")
+        raise ValueError(f"{fn}: targets must be {shape[:-1]}, as {name} is {shape}; got {tuple(targets.shape)}")
     if cu_seqlens is not None:
         if hidden.dim() != 2:
-            raise ValueError(f"{fn}: cu_seqlens wants packed hidden (N, H); got {shape}")
+            raise ValueError(f"{fn}: cu_seqlens wants packed {name} (N, H); got {shape}")
         if cu_seqlens.numel() == 0:
             raise ValueError(f"{fn}: cu_seqlens must be (S + 1,), starting with 0; got an empty tensor")
         if not torch.compiler.is_compiling() and not cu_seqlens.is_cuda:

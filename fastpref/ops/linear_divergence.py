@@ -138,7 +138,7 @@ def linear_divergence(
 def _side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, named_backend: bool) -> Side:
     """One head's tensors, checked and flat, and in the dtype of autocast if there is one."""
     named = {f"hidden_{name}": hidden, f"weight_{name}": weight, f"bias_{name}": bias}
-    _head._refuse_sharded(FN, **named)
+    _head.refuse_sharded(FN, **named)
     _check.reverse_mode_only(FN, **named)
     _check.rank(FN, (2, 3), **{f"hidden_{name}": hidden})
     _check.rank(FN, (2,), **{f"weight_{name}": weight})
