@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpref import gae, kernels, linear_logps, linear_preference_loss
+from fastpref import gae, kernels, linear_cross_entropy, linear_logps, linear_preference_loss
 from tests._oracle import (
     BACKENDS,
     IGNORE,
@@ -132,6 +132,40 @@ def child(pipe, threads: int, inputs) -> None:
     torch.set_num_threads(threads)
     pipe.send({name: x.numpy() for name, x in small(*inputs).items()})
     pipe.close()
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Tensors say that they are on CUDA, where index_add adds by atomics: refused if an index repeats."""
+
+    def in_order(add):
+        def run(out, dim, index, rows):
+            assert index.unique().numel() == index.numel(), "floats added in any order"
+            return add(out, dim, index, rows)
+
+        return run
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for name in ("index_add", "index_add_"):
+        monkeypatch.setattr(torch.Tensor, name, in_order(getattr(torch.Tensor, name)))
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)])
+@pytest.mark.parametrize("function", [linear_logps, linear_cross_entropy])
+def test_sums_on_cuda_have_an_order(function, trained, as_on_cuda, monkeypatch):
+    """Rows of hidden that serve several targets, labels that several rows have."""
+    args = head(40, 24, 19, torch.float32, ignored=0.2, bias=True)
+    args["rows"] = torch.randint(40, (90,), generator=torch.Generator().manual_seed(1))
+    args["targets"] = args["targets"][args["rows"]]
+    call = {"trained": trained, "backend": "torch", "grads": {"logps": upstream(90)}}
+    if function is linear_cross_entropy:
+        call |= {"grads": {"logps": torch.tensor(1.7)}, "label_smoothing": 0.3}
+    _, found = run(function, args, **call)
+    monkeypatch.undo()
+    _, want = run(function, args, **call)
+    for name in trained:
+        torch.testing.assert_close(found[name], want[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="PyTorch's own threads do not survive a fork")

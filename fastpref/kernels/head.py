@@ -8,7 +8,7 @@ With z the logits, y the target and a an anchor (the label's own logit, so that 
     dL/dz_v = g 1[v = y] - p_v (g + h (log p_v + entropy)),    p_v = e_v / S,  g = dL/dlogp,  h = dL/dentropy
 
 A row whose S' passes 2^40 is scored once more, anchored at its maximum: its e would not survive 16-bit products.
-A chunk stores F_v = e_v (1 - tanh^2), label entry zero; the label's rank-one terms are added in fp32. DESIGN section 4.
+A chunk stores F_v = e_v (1 - tanh^2), label entry zero; the label's rank-one terms are added in fp32.
 head_gradients.py goes on from there.
 """
 
@@ -362,7 +362,17 @@ def add_rows(out: Tensor, index: Tensor, values: Tensor, scale: Tensor | None, o
     """out[index[i]] += scale[i] values[i]; an index outside of out is left out."""
     inside = ((index >= 0) & (index < out.shape[0])).nonzero()[:, 0]
     rows = values[inside].to(out.dtype)
-    out.index_add_(0, index[inside], rows if scale is None else rows * scale[inside, None])
+    add_in_order(out, index[inside], rows if scale is None else rows * scale[inside, None])
+
+
+def add_in_order(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """out[index[i]] += rows[i], the same bits every time; no index outside of out."""
+    # index_add adds in a fixed order on a CPU and by atomics on CUDA, where index_put sorts; on a CPU that one adds
+    # fp32 by atomics
+    if out.is_cuda:
+        out.index_put_((index,), rows, accumulate=True)
+    else:
+        out.index_add_(0, index, rows)
 
 
 def split(index: Tensor, size: int) -> Iterator[Tensor]:

@@ -116,19 +116,20 @@ def _backward_op(
             y = own[part, None]
             w_y = torch.where(y >= 0, weight[y[:, 0].clamp(min=0)].to(hidden.dtype), 0.0)
             above = (w_y - mean).to(slope.dtype)
-            of_hidden.index_add_(0, part if rows is None else rows[part], slope[part, None] * above)
+            driver.add_in_order(of_hidden, part if rows is None else rows[part], slope[part, None] * above)
         if shard is not None:
             shard.add_over_ranks(of_hidden)
     if wanted[1]:
         at_labels = slope.new_zeros((labels.numel(), hidden.shape[1]), dtype=torch.float64)
         for part, at in zip(index.split(ROWS), which.split(ROWS), strict=True):
             x = hidden[part if rows is None else rows[part]]
-            at_labels.index_add_(0, at, slope[part, None].double() * x)
+            driver.add_in_order(at_labels, at, slope[part, None].double() * x)
         everywhere = at_labels.sum(0) / -vocab_size
         of_weight = everywhere.to(weight.dtype).expand_as(weight).clone(memory_format=torch.contiguous_format)
         of_weight[own_labels[here]] = at_labels[here].add_(everywhere).to(weight.dtype)
     if wanted[2] and bias is not None:
-        at_labels = slope.new_zeros(labels.numel(), dtype=torch.float64).index_add_(0, which, slope[index].double())
+        at_labels = slope.new_zeros(labels.numel(), dtype=torch.float64)
+        driver.add_in_order(at_labels, which, slope[index].double())
         of_bias = (at_labels.sum() / -vocab_size).repeat(weight.shape[0])
         of_bias[own_labels[here]] += at_labels[here]
     return of_hidden.to(hidden.dtype), of_weight, of_bias.to(hidden.dtype)

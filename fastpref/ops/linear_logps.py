@@ -263,10 +263,9 @@ def _scale_unit(unit: Tensor, grad_logps: Tensor, live: Tensor, rows: Tensor | N
     """dL/dhidden: the rows of dlogp/dhidden scaled, and added up where one row of hidden serves several targets."""
     scaled = torch.where(live[:, None], unit * grad_logps[:, None], 0.0)  # 0 times NaN is NaN
     if rows is not None:
-        total = torch.zeros(hidden.shape, dtype=unit.dtype, device=unit.device)
-        # index_add adds in a fixed order on a CPU and by atomics on CUDA, where index_put sorts; on a CPU it races
-        by_sorting = total.is_cuda
-        scaled = total.index_put((rows,), scaled, accumulate=True) if by_sorting else total.index_add(0, rows, scaled)
+        total = scaled.new_zeros(hidden.shape)  # of scaled, which vmap may have given a dimension more
+        driver.add_in_order(total, rows, scaled)
+        scaled = total
     return scaled.to(hidden.dtype)
 
 

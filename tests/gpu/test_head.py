@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastpref import kernels, linear_logps, linear_policy_loss, linear_preference_loss, plan
+from fastpref import kernels, linear_cross_entropy, linear_logps, linear_policy_loss, linear_preference_loss, plan
 from fastpref.kernels.head import default_workspace
 from tests import _oracle
 from tests._oracle import IGNORE, OPTIONS, assert_logps, assert_same_bits, head, option_case, upstream
@@ -196,6 +196,23 @@ def test_shared_rows_the_same_bits_every_time(trained):
     run = [torch.autograd.grad(linear_logps(**args, rows=rows), args["hidden"], upstream(700).cuda()) for _ in range(3)]
     assert_same_bits(run[0][0], run[1][0])
     assert_same_bits(run[0][0], run[2][0])
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("function", [linear_logps, linear_cross_entropy])
+def test_rows_of_one_label_the_same_bits_every_time(function, backend):
+    torch.use_deterministic_algorithms(False)
+    args = peaked(64, 512, 4099)
+    rows = torch.randint(64, (5000,), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    args["targets"], args["bias"] = args["targets"][rows] % 7, args["weight"][:, 0].clone()
+    leaves = [args[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    grads, options = (upstream(5000).cuda(), {}) if function is linear_logps else (None, {"label_smoothing": 0.3})
+    first, *others = (
+        torch.autograd.grad(function(**args, rows=rows, backend=backend, **options), leaves, grads) for _ in range(3)
+    )
+    for other in others:
+        for one, again in zip(first, other, strict=True):
+            assert_same_bits(one, again)
 
 
 @pytest.fixture
