@@ -23,6 +23,12 @@ def fresh_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def any_algorithms(fresh_memory_is_nan: None) -> None:
+    """As users run: for tests of the same bits, which PyTorch's deterministic variants would otherwise give."""
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def two_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))

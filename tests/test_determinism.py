@@ -29,6 +29,7 @@ from tests._oracle import (
     upstream,
 )
 
+pytestmark = pytest.mark.usefixtures("any_algorithms")
 ROOT = Path(__file__).parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIB = 1 << 20

@@ -111,6 +111,7 @@ def test_upstream_factor_is_exact(chunks, trained, backend):
         assert (gradient.double() - once).norm() <= 1.15 * (plain[name].double() * 1.7 - once).norm()
 
 
+@pytest.mark.usefixtures("any_algorithms")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_pair_does_not_depend_on_the_others(dtype, backend):
@@ -132,6 +133,7 @@ def test_a_pair_does_not_depend_on_the_others(dtype, backend):
             assert_same_bits(getattr(part, name).detach(), getattr(whole, name)[2:3].detach())
 
 
+@pytest.mark.usefixtures("any_algorithms")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_on_a_rerun(backend):
     args = pairs(6, 40, 24, 4099, torch.bfloat16)
