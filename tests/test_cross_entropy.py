@@ -322,6 +322,11 @@ REFUSALS = {
     "NaN items": ({"num_items": math.nan}, ValueError, "num_items must be > 0 and finite; got nan"),
     "items": ({"num_items": "3"}, TypeError, "num_items must be a number; got str"),
     "items a vector": ({"num_items": torch.ones(2)}, ValueError, r"num_items must be .* 0-d tensor; got shape \(2,\)"),
+    "items that learn": (
+        {"num_items": torch.ones((), requires_grad=True)},
+        ValueError,
+        "num_items must be detached; got a tensor that requires grad",
+    ),
     "smoothing": ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1.1"),
     "NaN smoothing": ({"label_smoothing": math.nan}, ValueError, r"label_smoothing must be in \[0, 1\]; got nan"),
     "smoothing a tensor": ({"label_smoothing": torch.ones(())}, TypeError, "label_smoothing must be a number; got T"),

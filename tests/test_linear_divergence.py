@@ -398,7 +398,7 @@ REFUSALS = {
     "list": ({"hidden_q": [[1.0]]}, TypeError, "hidden_q must be a tensor; got list"),
     "temperature": ({"temperature": 0.0}, ValueError, "temperature must be .*; got 0.0"),
     "temperatures": ({"temperature": torch.ones(5)}, ValueError, r"temperature must be .*\(6,\); got \(5,\)"),
-    "cold": ({"temperature": torch.zeros(6)}, ValueError, "temperature must be > 0 and finite"),
+    "cold": ({"temperature": torch.zeros(6)}, ValueError, "temperature must be > 0 and finite .*; got 0"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap must be .*, or None; got -1.0"),
     "workspace": ({"workspace": 5}, ValueError, "workspace is in bytes and must be at least 1 MiB; got 5"),
     "nan": (

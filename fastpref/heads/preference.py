@@ -117,8 +117,8 @@ def linear_preference_loss(
     of, n = sequences(FN, hidden, targets, cu_seqlens)
     if n % 2:
         raise ValueError(f"{FN}: hidden must hold B chosen, then B rejected sequences; got an odd number, {n}")
-    ref = reference(FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head)
     by = divisor(FN, reduction, num_items, n // 2)
+    ref = reference(FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head)
     batch = Sequences(n, flat.targets != ignore_index, of, *ref)
 
     if n and reduction != "none" and in_parts(flat, loss_of_pairs.terms.couples):

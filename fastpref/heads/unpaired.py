@@ -98,8 +98,8 @@ def linear_unpaired_loss(
     flat = _head.flatten(FN, hidden, weight, targets, head)
     of, n = sequences(FN, hidden, targets, cu_seqlens)
     check_desirable(FN, desirable, flat.hidden, n)
-    ref = reference(FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head)
     by = divisor(FN, reduction, num_items, n)
+    ref = reference(FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head)
     batch = Sequences(n, flat.targets != ignore_index, of, *ref)
     job = _Job(terms, beta, batch, desirable, checked_kl(FN, kl, flat.inv_temperature))
 

@@ -96,6 +96,20 @@ def between(fn: str, low: float, high: float, **arguments: float) -> None:
             raise ValueError(f"{fn}: {name} must be in [{low}, {high}]; got {value}")
 
 
+def num_items(fn: str, value: float | Tensor) -> float | Tensor:
+    """value, a number > 0 or a detached 0-d tensor, whose value is not looked at: that would wait for the device."""
+    if isinstance(value, Tensor):
+        if value.dim():
+            raise ValueError(f"{fn}: num_items must be a number or a 0-d tensor; got shape {_shape(value)}")
+        if value.requires_grad:
+            raise ValueError(f"{fn}: num_items must be detached; got a tensor that requires grad")
+        return value
+    number(fn, num_items=value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{fn}: num_items must be > 0 and finite; got {value}")
+    return value
+
+
 def _given(arguments: dict[str, Tensor | None]) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in arguments.items() if value is not None]
 
@@ -106,14 +120,3 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def num_items(fn: str, value: float | Tensor) -> float | Tensor:
-    if isinstance(value, Tensor):
-        if value.dim() or value.requires_grad:
-            raise ValueError(f"{fn}: num_items must be a number or a 0-d tensor; got shape {tuple(value.shape)}")
-        return value
-    number(fn, num_items=value)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{fn}: num_items must be > 0 and finite; got {value}")
-    return value

@@ -104,9 +104,7 @@ def flatten(
     _check.same_device(fn, **{h: hidden, w: weight}, **others)
     vocab_size, hidden_size = weight.shape
     if hidden.shape[-1] != hidden_size:
-        raise ValueError(
-            f"{fn}: {w} must be (V, {hidden.shape[-1]}), as {h} is (..., H); got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"{fn}: {w} must be (V, {hidden.shape[-1]}), as {h} is (..., H); got {tuple(weight.shape)}")
     if hidden_size == 0 or (vocab_size == 0 and process_group is None):
         raise ValueError(f"{fn}: {w} must be (V, H) with V, H >= 1; got {tuple(weight.shape)}")
     if bias is not None and bias.shape[0] != vocab_size:
@@ -272,6 +270,13 @@ def inverse(fn: str, temperature: float | Tensor, hidden: Tensor, targets: Tenso
     return torch.full((targets.numel(),), 1 / temperature, dtype=dtype, device=hidden.device)
 
 
+def check_scale(fn: str, inv_temperature: Tensor, where: str) -> None:
+    """Waits for the device."""
+    wrong = inv_temperature[~(inv_temperature.isfinite() & (inv_temperature > 0))]
+    if wrong.numel():
+        raise ValueError(f"{fn}: temperature must be > 0 and finite at every {where}; got {1 / wrong[0]:g}")
+
+
 def kept_index(
     fn: str,
     name: str,
@@ -294,9 +299,7 @@ def kept_index(
         if int(row.min()) < 0 or int(row.max()) >= hidden.shape[0]:
             got = f"{int(row.min())} to {int(row.max())}"
             raise ValueError(f"{fn}: rows must be in [0, {hidden.shape[0]}), the rows of hidden; got {got}")
-        scale = inv_temperature[index]
-        if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise ValueError(f"{fn}: temperature must be > 0 and finite at every live target")
+        check_scale(fn, inv_temperature[index], "live target")
         if check_finite and not bool(hidden[row].isfinite().all()):
             raise ValueError(f"{fn}: {name} must be finite at every live target; got NaN or infinity")
     return index

@@ -164,9 +164,7 @@ def _kept(live: Tensor, inv_temperature: Tensor, a: Tensor, b: Tensor, check_fin
     """Index of the tokens that count. On CUDA values are looked at only with check_finite: it waits."""
     index = live.nonzero()[:, 0]
     if check_finite or not live.is_cuda:
-        scale = inv_temperature[index]
-        if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise ValueError(f"{FN}: temperature must be > 0 and finite at every token that counts")
+        _head.check_scale(FN, inv_temperature[index], "token that counts")
     if check_finite and not all(bool(x[index].isfinite().all()) for x in (a, b)):
         raise ValueError(f"{FN}: hidden_p and hidden_q must be finite at every token that counts")
     return index
