@@ -2,9 +2,9 @@
 //
 //   u = logit_scale (x . w + bias),  z = softcap tanh(u / softcap) / T,  d_v = z_v - anchor,  e_v = exp(d_v)
 //
-// `score` is the one pass over the vocabulary: sums of e over v != y in fp32, in a fixed order, and, if asked for, the
-// stored chunk F_v = e_v (1 - tanh^2) (c0 + c1 d_v), label entry zero. `d_hidden` and `d_weight` are the two gradient
-// products on that chunk. DESIGN section 4 has the mathematics.
+// `score` is the one pass over the vocabulary: sums of e over v != y in a fixed order, of 8 rows in fp32 and of those in
+// fp64, and, if asked for, the stored chunk F_v = e_v (1 - tanh^2) (c0 + c1 d_v), label entry zero. `d_hidden` and
+// `d_weight` are the two gradient products on that chunk; fastpref/kernels/head.py has the mathematics.
 #pragma once
 #include <cstdint>
 

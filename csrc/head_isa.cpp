@@ -119,8 +119,6 @@ void score(const Scoring& s, int threads) {
   }
 }
 
-// ---- the two gradient products ---------------------------------------------------------------------------------
-
 // A tile of which `rows` by `columns` lie inside the output.
 template <class Op>
 inline void tile_into(int64_t steps, const typename Op::Operand* a, int64_t row, int64_t col, const typename Op::Operand* b,
@@ -236,8 +234,6 @@ void d_weight(const Product& g, int threads) {
     }
   }
 }
-
-// ---- one entry an operation: storage and operand by dtype ------------------------------------------------------
 
 // the operand of 16-bit products
 #if defined(FP_AMX)

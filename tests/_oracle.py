@@ -153,7 +153,7 @@ def assert_no_worse(actual, eager, truth, factor=2.0):
 
 
 def assert_logps(actual, truth, largest_logit=64.0):
-    """DESIGN section 5: an error of 2e-6 + 1e-6 |logp|, rms, in proportion to the largest |logit| above 64."""
+    """The contract: an error of 2e-6 + 1e-6 |logp|, rms, in proportion to the largest |logit| above 64."""
     assert actual.shape == truth.shape and bool(torch.isfinite(actual).all())
     assert bool((actual <= 0).all()), f"log-probs above 0: up to {actual.max():.1e}"
     allowed = (2e-6 + 1e-6 * truth.abs()) * max(1.0, float(largest_logit) / 64)
@@ -169,7 +169,7 @@ def assert_entropy(actual, truth):
 
 
 def assert_gradient(actual, truth, scale=None):
-    """DESIGN section 5: relative Frobenius error, 3e-3 for 16 bits and 3e-6 for fp32. scale: the un-cancelled norm."""
+    """The contract: relative Frobenius error, 3e-3 for 16 bits and 3e-6 for fp32. scale: the un-cancelled norm."""
     assert actual.shape == truth.shape and bool(torch.isfinite(actual).all())
     error, norm = (actual.double() - truth).norm(), truth.norm() if scale is None else scale
     allowed = {torch.float32: 3e-6, torch.float64: 1e-12}.get(actual.dtype, 3e-3) * norm

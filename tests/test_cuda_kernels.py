@@ -112,9 +112,6 @@ def test_gae_error_does_not_grow_with_the_length(emulated):
     assert error <= 8 * torch.finfo(torch.float32).eps * truth.abs().max()  # of sums in a tree of 13 levels
 
 
-# ---- pairs
-
-
 @pytest.mark.parametrize(("loss_type", "options"), PAIR_LOSSES)
 @pytest.mark.parametrize(("n", "spread"), PAIR_SIZES)
 def test_dpo_row_is_the_function(emulated, loss_type, options, n, spread):
@@ -181,9 +178,6 @@ def test_a_refused_option_is_refused_as_ever(emulated):
         preference("sigmoid", {"label_smoothing": 0.7}, {}, None)
     with pytest.raises(ValueError, match=r"ppo: delta must be > 1, or None; got 0.5"):
         policy({"delta": 0.5}, 2**20)
-
-
-# ---- tokens
 
 
 @pytest.mark.parametrize("size", SIZES)

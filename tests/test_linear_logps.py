@@ -52,7 +52,7 @@ def assert_contract(args, grads, *, backend, **options):
     for name, gradient in d_ours.items():
         assert gradient.dtype == args[name].dtype
         assert_gradient(gradient, d_want[name])
-        # gradient GEMMs of fp16 run in bf16, for its range (DESIGN section 4), so eager's in fp16 are closer
+        # gradient GEMMs of fp16 run in bf16, for its range, so eager's in fp16 are closer
         if gradient.dtype != torch.float16:
             assert_no_worse(gradient, d_fp32[name], d_want[name])
     return d_ours

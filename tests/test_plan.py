@@ -1,4 +1,4 @@
-"""plan against DESIGN's table of passes, and against what the calls are measured to do: GEMMs and memory."""
+"""plan against the table of passes, and against what the calls are measured to do: GEMMs and memory."""
 
 import math
 

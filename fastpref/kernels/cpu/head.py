@@ -1,4 +1,4 @@
-"""Launchers of the head's C++ kernels (csrc/head*.cpp): fp32 sums and, for 16-bit inputs, a chunk stored in bf16.
+"""Launchers of the head's C++ kernels (csrc/head*.cpp): fp64 sums of 8 rows each in fp32, 16-bit chunks in bf16.
 
 A chunk is (V, stride): tokens contiguous, padded with zeros to `token_pad`.
 """

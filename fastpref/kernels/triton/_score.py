@@ -1,7 +1,7 @@
 """The forward sweep: logits as tiles of a GEMM, exponential sums in its epilogue, F of the tile stored if asked for.
 
 A program owns BLOCK_N rows and TILES tiles of BLOCK_V columns, and writes its own partial sums: no atomics, no order
-between programs. `_sums_kernel` adds the partial sums of a row in the order of the vocabulary, so that a row's bits
+between programs. `sums_kernel` adds the partial sums of a row in the order of the vocabulary, so that a row's bits
 depend on dtype, H and V and not on its neighbours.
 
 Tensor cores truncate what they add to an accumulator (Ootomo and Yokota 2022, arXiv:2203.03341, section 3): a sum over
