@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import fastpref._cpu as _cpu
-from fastpref.kernels.cpu.head import isa
+from fastpref.kernels.cpu._isa import isa
 
 
 def gae(

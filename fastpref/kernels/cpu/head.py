@@ -3,26 +3,18 @@
 A chunk is (V, stride): tokens contiguous, padded with zeros to `token_pad`.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
 from fastpref import _cpu
+from fastpref.kernels.cpu._isa import DTYPES, isa
 from fastpref.kernels.head import Head, Sums, chunk_dtype
 from fastpref.kernels.head import add_rows as add_rows
 from fastpref.kernels.head import order_of as order_of
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 TOKEN_DIM = 1
 STATIC = False
 ROUNDS = True
-
-
-def isa() -> str:
-    """The instruction set in use: the best of this processor, or FASTPREF_CPU_ISA."""
-    return os.environ.get("FASTPREF_CPU_ISA") or _cpu.head_isas()[0]
 
 
 def _is_wider(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -43,7 +35,7 @@ def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         n,
         hidden_size,
         *weight.stride(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         _is_wider(weight, x.dtype),
         torch.get_num_threads(),
     )
@@ -83,7 +75,7 @@ def score(
         0 if chunk is None else chunk.stride(0),
         head.logit_scale,
         head.softcap or 0.0,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         _is_wider(weight, x.dtype),
         torch.get_num_threads(),
     )
@@ -104,7 +96,7 @@ def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: 
         vocab_size,
         *weight.stride(),
         chunk.stride(0),
-        _DTYPES[dtype],
+        DTYPES[dtype],
         _is_wider(weight, dtype),
         torch.get_num_threads(),
     )
@@ -144,7 +136,7 @@ def _d_weight(
         chunk.shape[0],
         chunk.stride(0),
         accumulate,
-        _DTYPES[dtype],
+        DTYPES[dtype],
         torch.get_num_threads(),
     )
 

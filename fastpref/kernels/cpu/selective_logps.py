@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastpref import _cpu
-from fastpref.kernels.cpu.head import _DTYPES, isa
+from fastpref.kernels.cpu._isa import DTYPES, isa
 
 STATIC = False
 
@@ -28,7 +28,7 @@ def selective_logps(
     targets, live, inv_temperature = targets.contiguous(), _live(targets, index), inv_temperature.contiguous()
     rows = _rows(logits, targets, live, inv_temperature, softcap, logit_scale)
     addresses = (x.data_ptr() for x in (*out, top1, *state))
-    _cpu.selective_logps(isa(), rows, *addresses, _DTYPES[logits.dtype], torch.get_num_threads())
+    _cpu.selective_logps(isa(), rows, *addresses, DTYPES[logits.dtype], torch.get_num_threads())
     return *out, top1, state
 
 
@@ -53,7 +53,7 @@ def d_logits(
     grad_logps, logps, entropy, state = (x.contiguous() for x in (grad_logps, logps, entropy, state))
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     addresses = (0 if x is None else x.data_ptr() for x in (grad_logps, grad_entropy, logps, entropy, *state, out))
-    _cpu.selective_d_logits(isa(), rows, *addresses, _DTYPES[logits.dtype], torch.get_num_threads())
+    _cpu.selective_d_logits(isa(), rows, *addresses, DTYPES[logits.dtype], torch.get_num_threads())
 
 
 def _live(targets: Tensor, index: Tensor) -> Tensor:
