@@ -25,8 +25,9 @@ from fastpref import gae, kernels
 from fastpref.benchmarks._measure import Row, Table, or_reason
 from fastpref.heads import _rows
 from fastpref.kernels.reference import gae as reference
+from fastpref.losses._sums import place
 from fastpref.losses.dpo import bind
-from fastpref.losses.objective import objective, place
+from fastpref.losses.objective import objective
 from fastpref.losses.pairs import Pairs
 
 SHAPES = ("8x512", "512x4096", "64x32768", "1x1000000", "16384x128")  # the second is the yardstick, at most 20 us

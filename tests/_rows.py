@@ -3,8 +3,9 @@
 import torch
 
 from fastpref.heads import _rows
+from fastpref.losses._sums import place
 from fastpref.losses.dpo import bind
-from fastpref.losses.objective import objective, place
+from fastpref.losses.objective import objective
 from fastpref.losses.pairs import Pairs
 from tests._gae import assert_no_worse
 from tests._oracle import upstream

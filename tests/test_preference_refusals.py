@@ -105,7 +105,7 @@ REFUSALS = {
     "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, none; got 'avg'"),
     "two normalisers": ({"reduction": "sum", "num_items": 4}, ValueError, "num_items and reduction='sum' were both"),
     "num_items": ({"num_items": 0}, ValueError, "num_items must be > 0.*; got 0"),
-    "packed without bounds": (flat(cu_seqlens=None), ValueError, r"packed hidden \(N, H\) needs cu_seqlens"),
+    "packed without bounds": (flat(cu_seqlens=None), ValueError, r"packed targets \(N,\) needs cu_seqlens"),
     "bounds of batched": (
         {"cu_seqlens": torch.tensor([0, 9, 18, 27, 36], dtype=torch.int32)},
         ValueError,

@@ -113,7 +113,7 @@ def test_refusals_of_linear_unpaired_loss(name):
 def test_packed_without_bounds():
     args = batch()
     flat = {"hidden": args["hidden"].flatten(0, 1), "targets": args["targets"].flatten()}
-    with pytest.raises(ValueError, match=r"^linear_unpaired_loss: packed hidden \(N, H\) needs cu_seqlens"):
+    with pytest.raises(ValueError, match=r"^linear_unpaired_loss: packed targets \(N,\) needs cu_seqlens"):
         linear_unpaired_loss(**{**args, **flat}, ref_logps=torch.zeros(5), kl=0.7)
 
 

@@ -38,18 +38,6 @@ class Sequences(NamedTuple):
         return tokens.sums(tokens.logps, self.n), ref_sums, tokens.lengths(self.n), tokens
 
 
-def sequences(fn: str, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """(M,) the sequence of each target, and how many sequences there are."""
-    if hidden.dim() == 3:
-        n = hidden.shape[0]
-        return torch.arange(n, device=targets.device)[:, None].expand(targets.shape).reshape(-1), n
-    if cu_seqlens is None:
-        raise ValueError(f"{fn}: packed hidden (N, H) needs cu_seqlens, (S + 1,) int32 for S sequences")
-    bounds, total = cu_seqlens.long(), targets.shape[0]
-    position = torch.arange(total, device=targets.device)
-    return torch.searchsorted(bounds[1:], position, right=True), cu_seqlens.shape[0] - 1
-
-
 def reference(
     fn: str,
     flat: _head.FlatHead,

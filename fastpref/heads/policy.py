@@ -11,7 +11,8 @@ from torch import Tensor
 from fastpref.heads._rows import token_rows
 from fastpref.heads.sweep import in_parts, sweep
 from fastpref.losses._protocol import Loss
-from fastpref.losses.objective import Objective, Place, objective, place
+from fastpref.losses._sums import Place, place
+from fastpref.losses.objective import Objective, objective
 from fastpref.losses.policy import PolicyOutput
 from fastpref.ops import _head
 from fastpref.ops.linear_logps import token_outputs

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastpref.heads._divisor import divisor
 from fastpref.heads._rows import pair_rows
-from fastpref.heads._sequences import Sequences, mean, reference, sequences, token_metrics
+from fastpref.heads._sequences import Sequences, mean, reference, token_metrics
 from fastpref.heads.sweep import in_parts, sweep
 from fastpref.losses._protocol import Loss
+from fastpref.losses._sums import place
 from fastpref.losses.dpo import PairLoss, bind
 from fastpref.losses.pairs import Pairs
 from fastpref.ops import _head
@@ -114,7 +115,7 @@ def linear_preference_loss(
     of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
     head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)
     flat = _head.flatten(FN, hidden, weight, targets, head)
-    of, n = sequences(FN, hidden, targets, cu_seqlens)
+    _, of, n = place(FN, "targets", targets, cu_seqlens)
     if n % 2:
         raise ValueError(f"{FN}: hidden must hold B chosen, then B rejected sequences; got an odd number, {n}")
     by = divisor(FN, reduction, num_items, n // 2)

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.heads._divisor import divisor
-from fastpref.heads._sequences import Sequences, mean, reference, sequences, token_metrics
+from fastpref.heads._sequences import Sequences, mean, reference, token_metrics
 from fastpref.heads.sweep import in_parts, sweep
 from fastpref.losses._protocol import Loss, Terms
+from fastpref.losses._sums import place
 from fastpref.losses.unpaired import Unpaired, bind, check_desirable, checked_kl, rewards
 from fastpref.ops import _head
 from fastpref.ops.linear_logps import token_outputs
@@ -96,7 +97,7 @@ def linear_unpaired_loss(
     of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
     head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)
     flat = _head.flatten(FN, hidden, weight, targets, head)
-    of, n = sequences(FN, hidden, targets, cu_seqlens)
+    _, of, n = place(FN, "targets", targets, cu_seqlens)
     check_desirable(FN, desirable, flat.hidden, n)
     by = divisor(FN, reduction, num_items, n)
     ref = reference(FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head)

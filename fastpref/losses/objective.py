@@ -8,48 +8,19 @@ what `reduction` makes of it: 1 over a count that follows from the mask alone, s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpref.losses._protocol import Loss, Terms, resolve, trait
+from fastpref.losses._sums import Place, lengths_of
 from fastpref.losses.kl import kl_estimator_named
 from fastpref.losses.surrogates import POLICY_LOSSES, Rollout
 from fastpref.ops import _check
 
 REDUCTIONS = ("mean", "sum", "none", "sequence_mean", "sequence_sum", "constant")
 LEVELS = ("token", "sequence")
-
-
-class Place(NamedTuple):
-    """Where the tokens are."""
-
-    shape: torch.Size  # of what is given per token
-    sequence: Tensor  # (N,) the sequence of each token
-    n_sequences: int
-
-
-def place(fn: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Place:
-    """Of tensors like `tokens`: (B, T), or packed (N,) with cu_seqlens."""
-    _check.rank(fn, (1, 2), **{name: tokens})
-    if tokens.dim() == 2:
-        if cu_seqlens is not None:
-            raise ValueError(f"{fn}: cu_seqlens wants packed {name} (N,); got {tuple(tokens.shape)}")
-        n = tokens.shape[0]
-        sequence = torch.arange(n, device=tokens.device)[:, None].expand(tokens.shape).reshape(-1)
-        return Place(tokens.shape, sequence, n)
-    if cu_seqlens is None:
-        raise ValueError(f"{fn}: packed {name} (N,) needs cu_seqlens, (S + 1,) int32")
-    _check.rank(fn, (1,), cu_seqlens=cu_seqlens)
-    _check.integer(fn, cu_seqlens=cu_seqlens)
-    if not torch.compiler.is_compiling() and not cu_seqlens.is_cuda:
-        bounds, total = cu_seqlens.tolist(), tokens.shape[0]
-        if not bounds or bounds[0] != 0 or bounds[-1] != total or bounds != sorted(bounds):
-            raise ValueError(f"{fn}: cu_seqlens must rise from 0 to the number of tokens, {total}; got {bounds}")
-    index = torch.arange(tokens.shape[0], device=tokens.device)
-    sequence = torch.searchsorted(cu_seqlens.long()[1:], index, right=True)
-    return Place(tokens.shape, sequence, cu_seqlens.shape[0] - 1)
 
 
 @dataclass(frozen=True)
@@ -252,6 +223,5 @@ def _shares(
     if reduction in ("sum", "none"):
         return shares
     if reduction == "sequence_mean":
-        lengths = where.sequence.new_zeros(where.n_sequences).index_add(0, where.sequence, mask.long())
-        shares = shares / lengths.clamp(min=1)[where.sequence]
+        shares = shares / lengths_of(where.sequence, mask, where.n_sequences).clamp(min=1)[where.sequence]
     return shares / items / (1 if max_length is None else max_length)

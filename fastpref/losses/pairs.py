@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastpref.losses._f_divergence import score
 from fastpref.losses._protocol import Missing
-from fastpref.losses._sums import sums_of
+from fastpref.losses._sums import lengths_of, sums_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Tokens:
         return total.to(torch.promote_types(x.dtype, torch.float32))
 
     def lengths(self, n_sequences: int) -> Tensor:
-        return torch.zeros_like(self.sequence.new_empty(n_sequences)).index_add(0, self.sequence, self.mask.long())
+        return lengths_of(self.sequence, self.mask, n_sequences)
 
     def positions(self, n_sequences: int) -> Tensor:
         """(N,) how many tokens that count come before this one in its sequence."""

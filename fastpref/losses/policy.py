@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastpref.losses._protocol import Loss
-from fastpref.losses.objective import objective, place
+from fastpref.losses._sums import place
+from fastpref.losses.objective import objective
 from fastpref.ops import _check
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref.losses._protocol import Loss, couples
-from fastpref.losses._sums import sums_of
+from fastpref.losses._sums import lengths_of, sums_of
 from fastpref.losses.kl import bounded_exp
 from fastpref.ops import _check
 
@@ -55,7 +55,7 @@ class Rollout:
     @property
     def lengths(self) -> Tensor:
         """(S,) tokens that count."""
-        return self.sequence.new_zeros(self.n_sequences).index_add(0, self.sequence, self.mask.long())
+        return lengths_of(self.sequence, self.mask, self.n_sequences)
 
     def sums(self, x: Tensor) -> Tensor:
         """(S,) over the tokens of each sequence that count."""
