@@ -1,7 +1,7 @@
 """Losses of unpaired completions on the fused head: hidden states in, loss and gradients out, no logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -102,41 +102,39 @@ def linear_unpaired_loss(
     by = divisor(FN, reduction, num_items, n)
     ref = reference(FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head)
     batch = Sequences(n, flat.targets != ignore_index, of, *ref)
-    job = _Job(terms, beta, batch, desirable, checked_kl(FN, kl, flat.inv_temperature))
+    at = checked_kl(FN, kl, flat.inv_temperature)
 
     if n and reduction != "none" and in_parts(flat, terms.couples):
-        loss, found = sweep(FN, flat, of, n, job.loss_of)
-        unpaired = job.unpaired(found)
+        loss, found = sweep(FN, flat, of, n, partial(_loss_of, terms, beta, batch, desirable, at))
+        unpaired = _unpaired(batch, desirable, at, found)
     else:
-        unpaired = job.unpaired(token_outputs(FN, flat))
-        losses = job.losses(unpaired)
+        unpaired = _unpaired(batch, desirable, at, token_outputs(FN, flat))
+        losses = terms(FN, unpaired.logps, unpaired, beta=beta)
         loss = losses if reduction == "none" else losses.sum()
     of_each = rewards(unpaired, beta)
     return UnpairedOutput(loss / by, unpaired.logps, of_each, _metrics(unpaired, of_each))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """From log-probs of tokens to sequences, for the whole batch or for some of it."""
+def _loss_of(
+    terms: Terms,
+    beta: float,
+    batch: Sequences,
+    desirable: Tensor,
+    kl: Tensor | None,
+    index: Tensor,
+    outputs: dict[str, Tensor],
+    first: int,
+    last: int,
+) -> Tensor:
+    """The sum of the losses of sequences first to last - 1, whose targets are at `index`; `outputs` (m,) each."""
+    part = batch.part(index, torch.arange(first, last, device=index.device))
+    unpaired = _unpaired(part, desirable[first:last], kl, outputs)
+    return terms(FN, unpaired.logps, unpaired, beta=beta).sum()
 
-    terms: Terms
-    beta: float
-    batch: Sequences
-    desirable: Tensor  # (S,)
-    kl: Tensor | None
 
-    def unpaired(self, outputs: dict[str, Tensor]) -> Unpaired:
-        sums, ref_sums, lengths, tokens = self.batch.summed(outputs)
-        return Unpaired(sums, self.desirable, ref_sums, self.kl, lengths, tokens, FN)
-
-    def losses(self, unpaired: Unpaired) -> Tensor:
-        return self.terms(FN, unpaired.logps, unpaired, beta=self.beta)
-
-    def loss_of(self, index: Tensor, outputs: dict[str, Tensor], first: int, last: int) -> Tensor:
-        """The sum of the losses of sequences first to last - 1, whose targets are at `index`; `outputs` (m,) each."""
-        batch = self.batch.part(index, torch.arange(first, last, device=index.device))
-        part = replace(self, batch=batch, desirable=self.desirable[first:last])
-        return part.losses(part.unpaired(outputs)).sum()
+def _unpaired(batch: Sequences, desirable: Tensor, kl: Tensor | None, outputs: dict[str, Tensor]) -> Unpaired:
+    sums, ref_sums, lengths, tokens = batch.summed(outputs)
+    return Unpaired(sums, desirable, ref_sums, kl, lengths, tokens, FN)
 
 
 def _metrics(unpaired: Unpaired, of_each: Tensor) -> dict[str, Tensor]:
