@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpref.trainer.collate import collate
 from fastpref.trainer.data import Pair, load_preferences, sequences_of, tokenize_pairs
+from fastpref.trainer.data_files import split_to_judge
 from fastpref.trainer.examples import Example, tokenize_examples, tokenize_labelled
 
 ROW = {"prompt": "Is the film good?", "chosen": " Yes, it is good.", "rejected": " No."}
@@ -127,6 +128,24 @@ def test_a_folder_gives_the_files_of_the_split(tmp_path):
     assert [r["prompt"] for r in load_preferences(str(tmp_path), split="test")] == ["test.jsonl"]
     with pytest.raises(ValueError, match=r"no file for the split 'dev' in .*; it holds test\.jsonl, train-0\.jsonl"):
         load_preferences(str(tmp_path), split="dev")
+
+
+def test_what_is_judged_is_the_test_split_where_there_is_one(tmp_path, monkeypatch):
+    file = write(tmp_path / "train.jsonl", json.dumps(ROW))
+    assert split_to_judge(file) == split_to_judge(str(tmp_path)) == "train"
+    write(tmp_path / "test-0.jsonl", json.dumps(ROW))
+    assert split_to_judge(str(tmp_path)) == "test"
+    assert split_to_judge(str(tmp_path / "gone.jsonl")) == "train"
+    of_hub = {"someone/pairs": ["train", "test"], "someone/prompts": ["train", "dev"]}
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: of_hub[name])
+    assert [split_to_judge(name) for name in of_hub] == ["test", "train"]
+
+    def unreachable(*_):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
+    with pytest.raises(ValueError, match=r"^split_to_judge: someone/pairs is no file .* its splits: unreachable"):
+        split_to_judge("someone/pairs")
 
 
 def test_a_folder_without_split_names_is_train(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def load_rows(
     """
     path = Path(name_or_path).expanduser()
     if not path.exists():
-        if path.suffix in SUFFIXES or path.is_absolute() or name_or_path.startswith((".", "~")):
+        if _means_a_path(name_or_path):
             raise FileNotFoundError(f"load_rows: no file or folder {name_or_path}")
         return _from_hub(name_or_path, split, config, columns)
     if config is not None:
@@ -57,6 +58,37 @@ def load_rows(
     return rows
 
 
+def split_to_judge(name_or_path: str, config: str | None = None) -> str:
+    """`test` where a folder or a hub dataset has that split, else `train`; a ValueError where the hub does not tell."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return "test" if _named(path, "test") else "train"
+    if path.exists() or _means_a_path(name_or_path) or find_spec("datasets") is None:
+        return "train"  # which `load_rows` reads, or says what is missing
+    import datasets
+
+    try:
+        return "test" if "test" in datasets.get_dataset_split_names(name_or_path, config) else "train"
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"split_to_judge: {name_or_path} is no file or folder here, and the hub did not name its splits: {error}"
+        ) from error
+
+
+def _means_a_path(name_or_path: str) -> bool:
+    path = Path(name_or_path).expanduser()
+    return path.suffix in SUFFIXES or path.is_absolute() or name_or_path.startswith((".", "~"))
+
+
+def _rows_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+
+
+def _named(folder: Path, split: str) -> list[Path]:
+    names = (f"{split}-", f"{split}_")
+    return [file for file in _rows_in(folder) if file.stem == split or file.name.startswith(names)]
+
+
 def _files(path: Path, split: str) -> list[Path]:
     """The files of a split, by the rule in load_rows."""
     if path.is_file():
@@ -65,9 +97,8 @@ def _files(path: Path, split: str) -> list[Path]:
         if split != "train":
             raise ValueError(f"load_rows: a single file has only the split 'train'; got {split!r} for {path}")
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    named = [file for file in files if file.stem == split or file.name.startswith((f"{split}-", f"{split}_"))]
-    if named or (files and split == "train"):
+    files = _rows_in(path)
+    if (named := _named(path, split)) or (files and split == "train"):
         return named or files
     there = ", ".join(file.name for file in files) or f"no file that ends in {', '.join(SUFFIXES)}"
     raise ValueError(f"load_rows: no file for the split {split!r} in {path}; it holds {there}")

@@ -31,7 +31,7 @@ from fastpref import dpo_loss, fused_lm_head, linear_logps
 from fastpref.trainer.collate import IGNORE_INDEX, PromptAndCompletion, collate
 from fastpref.trainer.config import given_options, option
 from fastpref.trainer.data import Pair, pair_columns, sequences_of, tokenize_pairs
-from fastpref.trainer.data_files import load_rows
+from fastpref.trainer.data_files import load_rows, split_to_judge
 from fastpref.trainer.encode import scored
 from fastpref.trainer.packing import enable_packing, pack, packs, through_rows
 from fastpref.trainer.pretrained import from_pretrained
@@ -55,7 +55,7 @@ class EvalOptions:
         None, "pairs or prompts: a .jsonl, .json or .parquet file, a folder, or a hub name", alias="dataset"
     )
     dataset_config: str | None = option(None, "the hub dataset's configuration")
-    dataset_test_split: str = option("train", "the split to evaluate on")
+    dataset_test_split: str | None = option(None, "the split to evaluate on; none: test where there is one, else train")
     max_samples: int | None = option(None, "the first rows of it; none: all")
     max_length: int | None = option(1024, "prompt + completion are cut to this many tokens; none: no limit")
     beta: float = option(0.1, "of the loss and the rewards")
@@ -147,7 +147,9 @@ def load(o: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Pair]
         return None if pair_columns(names) is None else prompt_columns(names)
 
     assert o.dataset_name is not None
-    every = load_rows(o.dataset_name, columns=columns, split=o.dataset_test_split, config=o.dataset_config)
+    split = o.dataset_test_split or split_to_judge(o.dataset_name, o.dataset_config)
+    print(f"dataset   {o.dataset_name}, split {split}", flush=True)
+    every = load_rows(o.dataset_name, columns=columns, split=split, config=o.dataset_config)
     rows = [row for _, row in zip(range(o.max_samples or len(every)), every, strict=False)]
     pairs: list[Pair] = []
     prompts: list[Prompt] = []
