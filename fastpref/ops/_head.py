@@ -84,9 +84,9 @@ def flatten(
     `prefix`: hidden and weight are the user's {prefix}hidden and {prefix}weight.
     """
     h, w = f"{prefix}hidden", f"{prefix}weight"
-    bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group = options[:8]
-    workspace, max_extra_bytes, deterministic, check_finite, backend = options[8:]
-    check_max_extra_bytes(fn, max_extra_bytes)
+    bias, rows, cu_seqlens, backend = options.bias, options.rows, options.cu_seqlens, options.backend
+    workspace, process_group, ignore_index = options.workspace, options.process_group, options.ignore_index
+    check_max_extra_bytes(fn, options.max_extra_bytes)
     others = {"targets": targets, "bias": bias, "rows": rows, "cu_seqlens": cu_seqlens}
     _check.tensors(fn, **{h: hidden, w: weight}, **others)
     refuse_sharded(fn, **{w: weight, "bias": bias})
@@ -112,7 +112,7 @@ def flatten(
     _check.integer(fn, targets=targets, rows=rows, cu_seqlens=cu_seqlens)
     _check_layout(fn, h, hidden, targets, rows, cu_seqlens)
 
-    check_bending(fn, softcap, logit_scale)
+    check_bending(fn, options.softcap, options.logit_scale)
     if workspace is None:
         workspace = default_workspace(hidden.device)
     group, bounds = None, [0, vocab_size]
@@ -132,17 +132,17 @@ def flatten(
         targets.reshape(-1).long(),
         # where the target is ignored its row is not read, whatever stands there
         None if rows is None else rows.long().where(targets != ignore_index, 0),
-        inverse(fn, temperature, hidden, targets),
-        softcap,
-        logit_scale,
+        inverse(fn, options.temperature, hidden, targets),
+        options.softcap,
+        options.logit_scale,
         ignore_index,
         workspace,
-        deterministic,
-        check_finite,
+        options.deterministic,
+        options.check_finite,
         backend,
         group,
         bounds,
-        max_extra_bytes,
+        options.max_extra_bytes,
     )
 
 
