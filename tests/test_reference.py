@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 
 import peft
 
+from fastpref import __version__
 from fastpref.trainer import dpo
 from fastpref.trainer.metrics import read_metrics
 from fastpref.trainer.reference import LogpsCache, cache_folder, fingerprint
@@ -65,7 +66,7 @@ def test_two_runs_at_once_keep_both(tmp_path):
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no zip" * 99])
 def test_damaged_file_is_said_and_written_anew(tmp_path, capsys, damage):
     LogpsCache(tmp_path, "model", "no").put(SEQUENCES, LOGPS)
-    path = tmp_path / "model-no.npz"
+    path = tmp_path / f"model-no-{__version__}.npz"
     path.write_bytes(damage(path.read_bytes()))
     cache = LogpsCache(tmp_path, "model", "no")
     assert "cannot be read" in capsys.readouterr().err

@@ -8,8 +8,8 @@
     cache.put(sequences, logps)
 
 A sequence is (ids of a prompt, ids of its completion), its value the sum over the completion in nats. One file a model,
-whose name is a hash of its weights and configuration, so that another model never reads it; a file grows, and is
-written aside and renamed.
+whose name is a hash of its weights and configuration, so that another model never reads it, and fastpref's version, so
+that other kernels do not; a file grows, and is written aside and renamed.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from torch import Tensor
 
+from fastpref import __version__
 from fastpref.trainer.collate import PromptAndCompletion
 from fastpref.trainer.run import Run
 
@@ -100,7 +101,7 @@ class LogpsCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: str, precision: str) -> None:
-        self.path = Path(folder) / f"{model}-{precision}.npz"
+        self.path = Path(folder) / f"{model}-{precision}-{__version__}.npz"
         self._known = self._read()
 
     def get(self, sequences: Sequence[PromptAndCompletion]) -> Tensor:
