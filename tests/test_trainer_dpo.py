@@ -325,7 +325,7 @@ def test_an_option_of_another_loss_is_refused():
         ({"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
         ({"lr_scheduler_type": "cosin"}, "dpo: unknown lr_scheduler_type 'cosin'; did you mean 'cosine'"),
         ({"model_name_or_path": "./nowhere"}, r"dpo: no tokenizer to be had from './nowhere' \(no such folder\)"),
-        ({"report_to": "wandb"}, "report_to wandb needs: pip install wandb"),
+        ({"report_to": "wandb"}, "dpo: report_to wandb needs: pip install wandb"),
     ],
 )
 def test_what_cannot_run_is_refused_in_words(tiny, tmp_path, given, message):

@@ -9,9 +9,11 @@ inside the model's own forward.
     fastpref dpo --model_name_or_path MODEL --dataset pairs.jsonl
     train(DPOOptions(model_name_or_path=MODEL, dataset_name="pairs.jsonl"))
 
-Option names and defaults are those of TRL's DPOConfig.
+Option names and defaults are those of TRL's DPOConfig, but for those that trainer/options.py names and
+`cache_ref_log_probs`, `reference_free` and most options of single losses, which are ours.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,24 +36,23 @@ from fastpref.trainer.demo import demo_pairs
 from fastpref.trainer.encode import scored
 from fastpref.trainer.forward import placed, rows_of, tallied, through_head
 from fastpref.trainer.metrics import Tally, means
-from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.options import CausalOptions
 from fastpref.trainer.reference import LogpsCache, open_cache, remembered
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
 from fastpref.trainer.start import load_items
 
 # Options of single losses: none leaves a loss its own default, and one that no loss of the run owns is refused
-OF_LOSSES = "label_smoothing discopop_tau cpo_alpha simpo_gamma dpop_lambda unlikelihood_alpha delta".split()
+OF_LOSSES = sorted(
+    {name for loss in PREFERENCE_LOSSES.values() for name in inspect.signature(loss).parameters} - {"pairs", "beta"}
+)
 
 
 @dataclass(kw_only=True)
-class DPOOptions(TrainOptions):
+class DPOOptions(CausalOptions):
     recipe: ClassVar[str] = "dpo"
 
     output_dir: str = option("runs/dpo", "where model, metrics, plot and checkpoints go")
     learning_rate: float = option(1e-6, "the optimizer's learning rate at its peak")
-    padding_free: bool = option(
-        True, "read batches without padding, a prompt once for all its completions, where the model can"
-    )
 
     beta: float = option(0.1, "how strongly the reference holds the policy; higher: closer to it")
     loss_type: str | list[str] | Callable[..., Tensor] = option("sigmoid", "a preference loss, or several to be summed")
@@ -78,10 +79,16 @@ class DPOOptions(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        f_divergence = self.f_divergence_type, self.f_alpha_divergence_coef
         bind(
-            *("dpo", self.loss_type, self.loss_weights, self.beta, *f_divergence),
-            *(self.ld_alpha, self.use_weighting, self.of_losses),
+            "dpo",
+            self.loss_type,
+            self.loss_weights,
+            self.beta,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            ld_alpha=self.ld_alpha,
+            use_weighting=self.use_weighting,
+            options=self.of_losses,
         )
 
     @property

@@ -9,10 +9,10 @@ Shao et al. 2024, arXiv:2402.03300, eq. 3. With loss_type rloo the mean is that 
     fastpref grpo --model_name_or_path MODEL --dataset prompts.jsonl --reward_funcs my_rewards:brevity
     train(GRPOOptions(model_name_or_path=MODEL, dataset_name="prompts.jsonl", reward_funcs=[brevity]))
 
-Option names and defaults are those of TRL's GRPOConfig, but for scale_rewards (what the loss's paper does) and kl_coef,
-which is ours. A step draws per_device_train_batch_size * steps_per_generation completions a device and takes
-num_iterations passes over them. A group whose rewards are equal has advantages of 0, and its tokens leave the head
-before its backward.
+Option names and defaults are those of TRL's GRPOConfig, but for those that trainer/options.py names, scale_rewards
+(what the loss's paper does) and lora_dropout (0). `max_length`, `kl_coef` and `kl_estimator` are ours. A step draws
+per_device_train_batch_size * steps_per_generation completions a device and takes num_iterations passes over them. A
+group whose rewards are equal has advantages of 0, and its tokens leave the head before its backward.
 """
 
 from collections.abc import Callable, Sequence

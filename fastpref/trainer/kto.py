@@ -10,7 +10,8 @@ nothing (TRL takes one for each batch). p_ref is the model before training, whos
     fastpref kto --model_name_or_path MODEL --dataset labelled.jsonl
     train(KTOOptions(model_name_or_path=MODEL, dataset_name="labelled.jsonl"))
 
-Option names and defaults are those of TRL's KTOConfig; the order of the data is drawn anew each epoch.
+Option names and defaults are those of TRL's KTOConfig, but for those that trainer/options.py names and
+`cache_ref_log_probs`, which is ours; the order of the data is drawn anew each epoch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,21 +32,18 @@ from fastpref.trainer.demo import demo_pairs
 from fastpref.trainer.examples import Example, labelled_columns, tokenize_labelled
 from fastpref.trainer.forward import rows_of, tallied, through_head
 from fastpref.trainer.metrics import Tally, means
-from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.options import CausalOptions
 from fastpref.trainer.reference import LogpsCache, open_cache, remembered
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
 from fastpref.trainer.start import load_items
 
 
 @dataclass(kw_only=True)
-class KTOOptions(TrainOptions):
+class KTOOptions(CausalOptions):
     recipe: ClassVar[str] = "kto"
 
     output_dir: str = option("runs/kto", "where model, metrics, plot and checkpoints go")
     learning_rate: float = option(1e-6, "the optimizer's learning rate at its peak")
-    padding_free: bool = option(
-        True, "read batches without padding, a prompt once for all its completions, where the model can"
-    )
     cache_ref_log_probs: bool | str = option(
         True, "keep the reference's log-probabilities for later runs: in the user's cache, or in this folder"
     )

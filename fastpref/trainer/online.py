@@ -19,7 +19,7 @@ from fastpref.trainer.collate import IGNORE_INDEX, PromptAndCompletion
 from fastpref.trainer.config import option
 from fastpref.trainer.forward import through_head
 from fastpref.trainer.metrics import Tally, read_metrics
-from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.options import CausalOptions
 from fastpref.trainer.packing import packs
 from fastpref.trainer.prompts import Prompt, load_prompts
 from fastpref.trainer.rewards import Rewards, text_of
@@ -32,12 +32,9 @@ SHOWN = 2  # rollouts in the report, and a line of metrics' worth of rollouts.js
 
 
 @dataclass(kw_only=True)
-class OnlineOptions(TrainOptions):
+class OnlineOptions(CausalOptions):
     test_split_size: float = option(0.0, "prompts held out where there is no held-out split; below 1, a fraction")
     lora_dropout: float = option(0.0, "dropout before the adapter; above 0 the first ratios are not 1")
-    padding_free: bool = option(
-        True, "read batches without padding, a prompt once for all its completions, where the model can"
-    )
 
     reward_funcs: list[str] | None = option(
         None, "rewards: module:function, with TRL's signature, or folders of reward models; their sum counts"

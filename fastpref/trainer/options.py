@@ -1,8 +1,9 @@
 """The options that every recipe has; a recipe's own dataclass adds its method's, and may give another default.
 
 Names and defaults are those of TRL's ScriptArguments, ModelConfig and trainer configs and of transformers'
-TrainingArguments, but for lr_scheduler_type (cosine here), bf16 (off here) and dataset_test_split (no split here).
-`skip_nonfinite`, `workspace` and `max_extra_bytes` are ours.
+TrainingArguments, but for lr_scheduler_type (cosine here), bf16 (off here), padding_free (on here), dataset_test_split
+(no split here) and output_dir. `test_split_size`, `overwrite_output_dir`, `skip_nonfinite`, `workspace`,
+`max_extra_bytes` and gradient_checkpointing's "selective" are ours.
 """
 
 import math
@@ -110,6 +111,15 @@ class TrainOptions:
         """What of these the fused head takes, in its units."""
         given = {"workspace": self.workspace and self.workspace << 20, "max_extra_bytes": self.max_extra_bytes}
         return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class CausalOptions(TrainOptions):
+    """Of the recipes that train a causal LM."""
+
+    padding_free: bool = option(
+        True, "read batches without padding, a prompt once for all its completions, where the model can"
+    )
 
 
 # What may differ between a run and its resumption: where it goes and who watches, not what it computes

@@ -9,7 +9,8 @@ the saved model loads in.
     fastpref reward --model_name_or_path MODEL --dataset pairs.jsonl
     train(RewardOptions(model_name_or_path=MODEL, dataset_name="pairs.jsonl"))
 
-Option names and defaults are those of TRL's RewardConfig.
+Option names and defaults are those of TRL's RewardConfig, but for those that trainer/options.py names. The extremes
+that are logged are means over batches, as TRL's are.
 """
 
 from collections.abc import Callable, Sequence

@@ -30,7 +30,7 @@ class Roles(nn.Module):
     """The model of an online recipe: called, it answers as the role that is playing; the actor, if none is named.
 
         with roles.playing("critic"):
-            value_loss(roles.values(inputs), ...).backward()
+            value_loss(roles.apply_head(hidden), ...).backward()
 
     Args:
         actor: a causal LM under `fused_lm_head`; a PeftModel shares its base with the other roles.

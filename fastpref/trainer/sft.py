@@ -8,7 +8,8 @@ never stored: the fused head works inside the model's own forward.
     fastpref sft --model_name_or_path MODEL --dataset examples.jsonl
     train(SFTOptions(model_name_or_path=MODEL, dataset_name="examples.jsonl"))
 
-Option names and defaults are those of TRL's SFTConfig.
+Option names and defaults are those of TRL's SFTConfig, but for those that trainer/options.py names and
+`label_smoothing`, which is ours.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,20 +32,17 @@ from fastpref.trainer.encode import scored
 from fastpref.trainer.examples import Example, example_columns, tokenize_examples
 from fastpref.trainer.forward import tallied, through_head
 from fastpref.trainer.metrics import Tally, means
-from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.options import CausalOptions
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
 from fastpref.trainer.start import load_items
 
 
 @dataclass(kw_only=True)
-class SFTOptions(TrainOptions):
+class SFTOptions(CausalOptions):
     recipe: ClassVar[str] = "sft"
 
     output_dir: str = option("runs/sft", "where model, metrics, plot and checkpoints go")
     learning_rate: float = option(2e-5, "the optimizer's learning rate at its peak")
-    padding_free: bool = option(
-        True, "read batches without padding, a prompt once for all its completions, where the model can"
-    )
 
     completion_only_loss: bool | None = option(
         None, "false: learn prompts too; true: rows must have a completion; none: completions where there are any"

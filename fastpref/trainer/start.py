@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Schedule
 from fastpref import fused_lm_head
 from fastpref.trainer import checkpoint
 from fastpref.trainer.data_files import load_rows
-from fastpref.trainer.options import TrainOptions
+from fastpref.trainer.options import CausalOptions, TrainOptions
 from fastpref.trainer.packing import enable_packing
 from fastpref.trainer.pretrained import from_pretrained
 
@@ -56,7 +56,7 @@ def start(options: TrainOptions) -> Accelerator:
         hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(schedules)}"
         raise ValueError(f"{o.recipe}: unknown lr_scheduler_type {o.lr_scheduler_type!r}{hint}")
     if o.report_to != "none" and find_spec(o.report_to) is None:
-        raise ValueError(f"start: report_to {o.report_to} needs: pip install {o.report_to}")
+        raise ValueError(f"{o.recipe}: report_to {o.report_to} needs: pip install {o.report_to}")
     # said outright: accelerate keeps the precision of an earlier run in this Python process unless told one
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = "bf16" if o.bf16 else "fp16" if o.fp16 else launched
@@ -70,7 +70,7 @@ def start(options: TrainOptions) -> Accelerator:
     others = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in others and not accelerator.is_fsdp2:
         raise ValueError(
-            "start: the recipes run in one process, under DDP or under FSDP2 (accelerate launch --use_fsdp "
+            f"{o.recipe}: the recipes run in one process, under DDP or under FSDP2 (accelerate launch --use_fsdp "
             f"--fsdp_version 2); got {accelerator.distributed_type.value}"
         )
     accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may set it, and backward() would divide by it
@@ -100,10 +100,10 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
     if isinstance(resume, str):
         if Path(resume).resolve().parent != folder.resolve():
             raise ValueError(
-                f"where_to_start: resume_from_checkpoint must be a checkpoint in output_dir {folder}; got {resume}"
+                f"{options.recipe}: resume_from_checkpoint must be a checkpoint in output_dir {folder}; got {resume}"
             )
         if reason := checkpoint.why_broken(Path(resume)):
-            raise ValueError(f"where_to_start: resume_from_checkpoint {resume} is not a whole checkpoint: {reason}")
+            raise ValueError(f"{options.recipe}: resume_from_checkpoint {resume} is not a whole checkpoint: {reason}")
         return Path(resume)
     if resume:
         found = checkpoint.last_whole(folder, accelerator.print)
@@ -114,7 +114,7 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
         earlier = [*checkpoint.checkpoints(folder), *folder.glob("model")]
         if earlier and not options.overwrite_output_dir:
             raise ValueError(
-                f"where_to_start: output_dir {folder} holds a run ({earlier[-1].name}). To go on with it: "
+                f"{options.recipe}: output_dir {folder} holds a run ({earlier[-1].name}). To go on with it: "
                 "--resume_from_checkpoint; to replace it: --overwrite_output_dir; or choose another --output_dir"
             )
         for path in earlier:
@@ -122,10 +122,10 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
     return None
 
 
-def causal_lm(options: TrainOptions, name: str, resumed: Path | None) -> Any:
+def causal_lm(options: CausalOptions, name: str, resumed: Path | None) -> Any:
     """The causal LM with a fused head, as `load_model` prepares it; padding_free: reading packed rows if it can."""
     model = fused_lm_head(load_model(AutoModelForCausalLM, options, name, resumed, task="CAUSAL_LM"))
-    if getattr(options, "padding_free", False) and (reason := enable_packing(model)):
+    if options.padding_free and (reason := enable_packing(model)):
         PartialState().print(f"padding   rows are padded, and prompts read once for each completion: {reason}")
     return model
 
