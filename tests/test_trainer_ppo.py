@@ -36,7 +36,7 @@ def tiny(tmp_path_factory):
 def test_reaches_95_percent_of_the_optimum(tiny, tmp_path, seed):
     """The best policy answers even letters with even words only, and gets 1; a random one gets 1/2."""
     given = {"per_device_train_batch_size": 64, "num_mini_batches": 2, "num_ppo_epochs": 2, "reward_funcs": [AGREES]}
-    train(options(tiny, tmp_path, seed=seed, lr_scheduler_type="linear", max_steps=30, learning_rate=5e-3, **given))
+    train(options(tiny, tmp_path, seed=seed, lr_scheduler_type="linear", max_steps=40, learning_rate=5e-3, **given))
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert lines[0]["objective/scores"] < 0.7
     assert lines[-1]["objective/scores"] >= 0.95
