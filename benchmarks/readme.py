@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastpref.benchmarks import tables
-from fastpref.benchmarks._inputs import Shape
 from fastpref.benchmarks._measure import Row
 from fastpref.benchmarks.plot import draw
 
@@ -50,20 +49,10 @@ AGAIN = "Again on your machine: `fastpref bench --quick`, or `fastpref bench hea
 
 
 def committed() -> list[Row]:
-    """All rows of what tables.GROUPS names, in the order of their files' names; those of an earlier script first."""
+    """All rows of what tables.GROUPS names, in the order of their files' names."""
     files = sorted(RESULTS.rglob("*.jsonl"))
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    rows.sort(key=lambda row: row["benchmark"] != "head_cpu")
-    return [complete(row) for row in rows if row["benchmark"] in ("head_cpu", *tables.GROUPS)]
-
-
-def complete(row: Row) -> Row:
-    """A row of head_cpu, the script that suite head grew out of, as one of head."""
-    if row["benchmark"] != "head_cpu":
-        return row
-    flops = 2 * row["tokens"] * row["H"] * row["V"] * row["bare_products"]
-    speed = {"tokens_per_s": row["tokens"] / row["seconds"]} if "seconds" in row else {}
-    return {**row, **speed, "benchmark": "head", "model": Shape(row["H"], row["V"]).model, "bare_flops": flops}
+    return [row for row in rows if row["benchmark"] in tables.GROUPS]
 
 
 def section(rows: Sequence[Row]) -> str:
