@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastpref import linear_logps, linear_preference_loss, plan
+from fastpref import linear_logps, linear_policy_loss, linear_preference_loss, plan
 from tests._oracle import BACKENDS, IGNORE, head, upstream
 
 MIB = 1 << 20
@@ -38,7 +38,8 @@ def test_numbers_are_consistent(n, workspace, dtype, trainable_head, couples):
     assert got.peak_bytes == got.chunk_bytes + got.accumulator_bytes
     if couples is not None:
         assert 1 <= got.chunk_tokens <= n and got.chunks == math.ceil(n / got.chunk_tokens)
-        columns = got.chunk_bytes / (got.chunk_tokens * dtype.itemsize)
+        beside = 0 if "no copy is kept" not in got.why else got.accumulator_bytes - 4 * n * 576
+        columns = (got.chunk_bytes + beside) / (got.chunk_tokens * dtype.itemsize)
         assert columns == 49_152 or (got.passes == 4 and 1 <= columns < 49_152)
     if got.passes == 3 and got.chunks > 1:
         assert got.accumulator_bytes >= 4 * 576 * 49_152
@@ -51,6 +52,15 @@ def test_max_extra_bytes_forbids_the_copy_of_the_gradient():
     assert (rich.passes, poor.passes) == (3, 4) and rich == planned()
     assert poor.accumulator_bytes <= 4 * 576 * 20_000 + 256 * MIB / 8 and "max_extra_bytes" in poor.why
     assert planned(100, max_extra_bytes=0).passes == 3 and planned(trainable_head=False, max_extra_bytes=0).passes == 2
+
+
+def test_exponentials_take_the_place_of_the_copy_where_they_take_less():
+    copy = 4 * 576 * 49_152
+    got = planned(2048)  # of which 1,776 fit the workspace
+    assert (got.passes, got.chunks) == (3, 1) and "no copy is kept" in got.why
+    assert got.chunk_bytes <= 192 * MIB and got.accumulator_bytes < copy
+    assert planned(2048, max_extra_bytes=copy - 1).passes == planned(2048, "batch").passes == 4
+    assert planned(4096).chunks == 3 and planned(4096).accumulator_bytes > copy
 
 
 def test_a_small_chunk_does_not_pay_for_the_copy():
@@ -190,6 +200,53 @@ def test_measured_passes_of_the_loss(workspace, trained):
 def test_measured_passes_without_room_for_the_copy(trained, passes):
     call, _ = preference_call(160, 16, 2053, trained=trained, backend="torch", workspace=MIB, max_extra_bytes=0)
     assert measured_passes(call, 2 * 160 * 16 * 2053) == pytest.approx(passes, rel=1e-6)
+
+
+def test_of_a_pair_larger_than_a_chunk_the_rows_beyond_it_cost_a_pass():
+    sizes = {"dtype": torch.float32, "trainable_head": True, "couples": "pair", "workspace": MIB}
+    fits = plan(160, 16, 2053, **sizes).chunk_tokens
+    call, _ = preference_call(160, 16, 2053, trained=("hidden", "weight"), sequences=2, backend="torch", workspace=MIB)
+    assert 2 * fits < 160
+    assert measured_passes(call, 2 * 160 * 16 * 2053) == pytest.approx(3 + (160 - fits) / 160, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_rows_in_one_chunk_in_the_place_of_the_copy(backend):
+    """Three passes, no copy of the gradient, and bit for bit what a larger workspace gives."""
+    n, h, v, dtype = 480, 128, 8209, torch.bfloat16
+    expected = plan(n, h, v, dtype=dtype, trainable_head=True, couples="pair", workspace=8 * MIB)
+    assert expected.chunks == 1 and expected.accumulator_bytes < 4 * h * v
+    options = {"trained": ("hidden", "weight"), "backend": backend}
+    call, _ = preference_call(n, h, v, dtype, **options, workspace=8 * MIB)
+    assert measured_peak(call) <= 8 * MIB + expected.accumulator_bytes + 2 * h * (n + v) + 512 * n
+    if backend == "torch":
+        assert measured_passes(call, 2 * n * h * v) == pytest.approx(3, rel=1e-6)
+
+    args = {k: x if k == "weight" else x.unflatten(0, (16, -1)) for k, x in head(n, h, v, dtype, ignored=0.0).items()}
+    leaves = [args[k].requires_grad_() for k in ("hidden", "weight")]
+
+    def gradients(workspace):
+        loss = linear_preference_loss(**args, reference_free=True, backend=backend, workspace=workspace).loss
+        return torch.autograd.grad(loss, leaves)
+
+    for few, many in zip(gradients(8 * MIB), gradients(64 * MIB), strict=True):
+        assert torch.equal(few, many)
+
+
+@pytest.mark.parametrize("live", [0, 1])
+def test_a_gradient_that_nothing_is_added_to_is_zero(live):
+    """Over several chunks it is not initialised before the first; filled with NaN, what is left of that shows."""
+    args = {k: x if k == "weight" else x.unflatten(0, (16, -1)) for k, x in head(160, 16, 2053, ignored=0.0).items()}
+    leaves = [args[k].requires_grad_() for k in ("hidden", "weight")]
+    advantages = torch.zeros(16)
+    advantages[-1] = live  # of the last chunk
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss = linear_policy_loss(**args, advantages=advantages, workspace=MIB).loss
+        found = torch.autograd.grad(loss, leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() and bool(x.any()) == bool(live) for x in found)
 
 
 @pytest.mark.parametrize("workspace", [MIB, None])

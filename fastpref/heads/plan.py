@@ -22,8 +22,10 @@ class Plan:
     chunk_tokens: int  # rows whose exponentials are stored at a time; 0 if none are
     chunks: int
     flops: int
-    chunk_bytes: int  # of stored exponentials at a time
-    accumulator_bytes: int  # fp32 gradients kept until the upstream factor is known
+    chunk_bytes: int  # of stored exponentials at a time, in the workspace
+    # kept until the upstream factor is known: fp32 gradients, or in the place of the weight's, where that takes less,
+    # the exponentials that the workspace has no room for
+    accumulator_bytes: int
     why: str
 
     @property
@@ -55,7 +57,8 @@ def plan(
         couples: what a term of the loss depends on: "token", "sequence", "pair" or "batch". None: no gradient at all.
         device: where; None: cpu.
         workspace: bytes for a chunk; None: the default of the device.
-        max_extra_bytes: bytes that an fp32 copy of the weight's gradient may take; None: what it takes.
+        max_extra_bytes: bytes that an fp32 copy of the weight's gradient may take, or exponentials in its place; None:
+            what it takes.
     Raises:
         ValueError: a size is negative, or couples is unknown.
     """
@@ -77,28 +80,33 @@ def plan(
     wide = accumulator(dtype).itemsize
     d_hidden, d_weight = wide * n_tokens * hidden_size, wide * vocab_size * hidden_size
     columns, stored, kept = vocab_size, min(fits, n_tokens), d_hidden
+    beside = 0  # rows of exponentials that the workspace has no room for
     if couples is None:
         passes, stored, kept, why = 1, 0, 0, "no gradient: one pass, nothing stored"
     elif not trainable_head:
         passes, why = 2, "frozen head: dlogp/dhidden is formed in forward, its rows scaled in backward"
     elif n_tokens <= fits:
         passes, why = 3, "all tokens fit one chunk: it is kept, and backward forms the gradients from it"
-    elif (reason := why_not_in_forward(couples, fits, d_weight, max_extra_bytes)) is None:
-        passes, kept = 3, d_hidden + d_weight
-        why = f"couples = {couples}: gradients are formed in forward from each chunk of whole {couples}s"
-        why += "" if couples == "token" else f", if each {couples} has at most {fits} tokens"
-    else:
+    elif (reason := why_not_in_forward(couples, fits, d_weight, max_extra_bytes)) is not None:
         columns, rows = tile_formed_again(hidden_size, vocab_size, dtype, workspace, d_weight=True)
         passes, stored, kept = 4, min(rows, n_tokens), d_hidden + wide * columns * hidden_size
         why = f"{reason}, and {n_tokens} tokens do not fit one chunk of {fits}: logits are formed again, "
         why += f"{columns} columns at a time"
+    elif n_tokens <= chunk_tokens(hidden_size, vocab_size, dtype, workspace, d_weight):
+        passes, stored, beside = 3, n_tokens, n_tokens - fits
+        why = "all tokens fit one chunk and what an fp32 copy of the weight's gradient would take: no copy is kept"
+    else:
+        passes, kept = 3, d_hidden + d_weight
+        why = f"couples = {couples}: gradients are formed in forward from each chunk of whole {couples}s"
+        why += "" if couples == "token" else f", if each {couples} has at most {fits} tokens"
+    row = columns * chunk_dtype(dtype).itemsize
     return Plan(
         passes=passes,
         chunk_tokens=stored,
         chunks=-(-n_tokens // stored) if stored else 0,
         flops=passes * 2 * n_tokens * hidden_size * vocab_size,
-        chunk_bytes=stored * columns * chunk_dtype(dtype).itemsize,
-        accumulator_bytes=kept,
+        chunk_bytes=(stored - beside) * row,
+        accumulator_bytes=kept + beside * row,
         why=why,
     )
 

@@ -2,8 +2,11 @@
 
 A chunk holds whole groups of rows: tokens, sequences or pairs, whatever a term of the loss depends on. A group's
 log-probs give its slopes g = dL/dlogp, h = dL/dentropy, and its gradients are formed in forward, before the next group
-overwrites the chunk; kept are dL/dhidden and dL/dweight in fp32, multiplied in backward by the upstream factor. A group
-larger than a chunk is scored, and then scored again in pieces: one more pass for its rows.
+overwrites the chunk; kept are dL/dhidden and dL/dweight in fp32, multiplied in backward by the upstream factor. Of a
+group larger than a chunk the first rows are scored twice: one more pass for them.
+
+Where the exponentials of all rows take no more than a chunk and that fp32 copy of dL/dweight, they are kept instead:
+nothing is added up over chunks, and dL/dweight is rounded as it is formed.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +24,7 @@ from fastpref.kernels.memory import huge_pages
 from fastpref.kernels.shard import Shard
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
-from fastpref.ops.linear_logps import rows_of_one_chunk
+from fastpref.ops.linear_logps import rows_of_one_chunk, token_outputs
 
 # (index into the targets, their logps, entropy and other outputs, first group, last group + 1) -> the loss of these
 # groups, a sum; differentiable in logps and entropy
@@ -39,10 +42,14 @@ def in_parts(flat: _head.FlatHead, couples: str, *, frozen_too: bool = False) ->
         return False
     if not flat.trained:
         return frozen_too and torch.is_grad_enabled() and flat.hidden.requires_grad
-    vocab_size, hidden_size = flat.most_rows, flat.weight.shape[1]
-    copy = vocab_size * hidden_size * flat.inv_temperature.itemsize
-    rows = driver.chunk_tokens(hidden_size, vocab_size, flat.hidden.dtype, flat.workspace)
-    return why_not_in_forward(couples, rows, copy, flat.max_extra_bytes) is None and not rows_of_one_chunk(flat)
+    rows = driver.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace)
+    reason = why_not_in_forward(couples, rows, _copy_bytes(flat), flat.max_extra_bytes)
+    return reason is None and not rows_of_one_chunk(flat)
+
+
+def _copy_bytes(flat: _head.FlatHead) -> int:
+    """Of the weight's gradient in fp32."""
+    return flat.most_rows * flat.weight.shape[1] * flat.inv_temperature.itemsize
 
 
 def sweep(
@@ -53,6 +60,11 @@ def sweep(
     `loss_of` is called once a chunk, for a run of whole groups; a group without rows is in one of the runs.
     Differentiable in hidden, weight and bias, through the loss and through logps and entropy of the outputs.
     """
+    copy = _copy_bytes(flat) if flat.trained else 0
+    if copy and rows_of_one_chunk(flat, copy):
+        found = token_outputs(fn, flat, extra=copy)
+        live = (flat.targets != flat.ignore_index).nonzero()[:, 0]
+        return loss_of(live, {name: x[live] for name, x in found.items()}, 0, n_groups), found
     index = _head.kept_index(
         fn,
         "hidden",
@@ -108,24 +120,28 @@ class _Sweep(torch.autograd.Function):
         found = []
         with torch.autocast(problem.hidden.device.type, enabled=False):
             for index, first, last in runs:
-                fits = index.numel() <= form.capacity
-                chunk = None
-                if fits:
-                    chunk = huge_pages(run.new_chunk(index.numel(), problem.head.weight, problem.hidden.dtype))
-                pieces = index.split(form.capacity)
-                scored = [driver.score(run, problem.head, problem.gather(piece), chunk) for piece in pieces]
+                before, kept = index[: -form.capacity], index[-form.capacity :]
+                parts = driver.split(before, form.capacity)
+                scored = [driver.score(run, problem.head, problem.gather(part)) for part in parts]
+                chunk = huge_pages(run.new_chunk(kept.numel(), problem.head.weight, problem.hidden.dtype))
+                scored.append(driver.score(run, problem.head, problem.gather(kept), chunk))
                 scores = driver.Scores(*(torch.cat(some) for some in zip(*scored, strict=True)))
                 total, upstream = slopes_of(index, scores, first, last)
                 loss += total
-                add_gradients(run, problem, index, scores, upstream, gradients, chunk)
                 found.append(scores)
+                late = slice(before.numel(), None)
+                add_gradients(run, problem, kept, scores.at(late), upstream.at(late), gradients, chunk)
                 del chunk  # before the next one is made
+                if before.numel():
+                    early = slice(before.numel())
+                    add_gradients(run, problem, before, scores.at(early), upstream.at(early), gradients)
+        gradients.finish()
         problem.head.add_over_ranks(gradients.hidden)
-        parts = [index for index, _, _ in runs]
+        indices = [index for index, _, _ in runs]
         every = driver.Scores(*(torch.cat(some) for some in zip(*found, strict=True)))
         ctx.form = form
-        ctx.save_for_backward(*tensors, torch.cat(parts), gradients.hidden, gradients.weight, gradients.bias, *every)
-        return loss, *_outputs(ctx, problem, parts, found)
+        ctx.save_for_backward(*tensors, torch.cat(indices), gradients.hidden, gradients.weight, gradients.bias, *every)
+        return loss, *_outputs(ctx, problem, indices, found)
 
     @staticmethod
     @once_differentiable
@@ -144,6 +160,7 @@ class _Sweep(torch.autograd.Function):
             upstream = Upstream(of_logps, None if grad_entropy is None else grad_entropy[index])
             with torch.autocast(hidden.device.type, enabled=False):
                 add_gradients(run, problem, index, scores, upstream, extra)
+            extra.finish()
             problem.head.add_over_ranks(extra.hidden)
         of_hidden = _combine(d_hidden, grad_loss, extra.hidden, hidden.dtype)
         of_weight = _combine(d_weight, grad_loss, extra.weight, weight.dtype)

@@ -198,7 +198,7 @@ class Scores(NamedTuple):
     def total(self) -> Tensor:
         return self.label_d.exp() + self.rest
 
-    def at(self, index: Tensor) -> "Scores":
+    def at(self, index: Tensor | slice) -> "Scores":
         return Scores(*(x[index] for x in self))
 
     def where(self, counts: Tensor) -> "Scores":
@@ -225,10 +225,10 @@ def default_workspace(device: torch.device) -> int:
     return 256 * MIB
 
 
-def chunk_tokens(hidden_size: int, vocab_size: int, dtype: torch.dtype, workspace: int) -> int:
-    """Rows of a stored chunk: what fits 3/4 of `workspace`, the rest for temporaries; at least SMALL_BLOCK."""
+def chunk_tokens(hidden_size: int, vocab_size: int, dtype: torch.dtype, workspace: int, extra: int = 0) -> int:
+    """Rows of a stored chunk, in `extra` bytes and 3/4 of `workspace`, whose rest is for temporaries."""
     row = vocab_size * chunk_dtype(dtype).itemsize + _beside(hidden_size, vocab_size)
-    rows = workspace * 3 // 4 // row
+    rows = (workspace * 3 // 4 + extra) // row
     block = ROW_BLOCK if rows >= ROW_BLOCK else SMALL_BLOCK
     return max(SMALL_BLOCK, rows // block * block)
 

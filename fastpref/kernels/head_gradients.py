@@ -49,7 +49,7 @@ class Upstream(NamedTuple):
         of_entropy = None if self.entropy is None else self.entropy.masked_fill(~counts, 0)
         return Upstream(self.logps.masked_fill(~counts, 0), of_entropy)
 
-    def at(self, index: Tensor) -> "Upstream":
+    def at(self, index: Tensor | slice) -> "Upstream":
         return Upstream(self.logps[index], None if self.entropy is None else self.entropy[index])
 
 
@@ -58,9 +58,10 @@ class Gradients:
     """Where gradients are added, in the accumulator's dtype; None where nobody asks."""
 
     hidden: Tensor | None  # (R, H)
-    weight: Tensor | None  # (V, H)
+    weight: Tensor | None  # (V, H) not initialised until something is added
     bias: Tensor | None  # (V,)
-    once: bool = False  # one `add_gradients` gives all: the weight's is in the weight's dtype, and not initialised
+    once: bool = False  # one `add_gradients` gives all: the weight's is in the weight's dtype
+    written: bool = False  # the weight's
 
     @staticmethod
     def zeros(problem: Problem, wanted: Sequence[bool], once: bool = False) -> "Gradients":
@@ -80,10 +81,15 @@ class Gradients:
             like(2, head.bias, dtype),
             once,
         )
-        for x in (found.hidden, found.bias) if once else (found.hidden, found.weight, found.bias):
+        for x in (found.hidden, found.bias):
             if x is not None:
                 x.zero_()
         return found
+
+    def finish(self) -> None:
+        """Nothing more is added."""
+        if self.weight is not None and not self.written:
+            self.weight.zero_()
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,6 @@ def add_gradients(
     # where the host does not wait, dead rows stay: kernels leave out blocks of them
     live = torch.arange(index.numel(), device=index.device) if kernels.STATIC else upstream.live()
     if not live.numel():
-        if out.once and out.weight is not None:
-            out.weight.zero_()
         return
     if chunk is not None and _tells_d(kernels, chunk, upstream, problem.head):
         if kernels.STATIC or not _worth_leaving_out(problem, index, scores, live):
@@ -164,7 +168,8 @@ def _add_from_chunk(
             f = _with_entropy(kernels, f, part.coefs, head.weight[slab])
         if not as_stored:
             _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
-        _add_slab(kernels, part, operands, f, slab, d_weight, out.bias, accumulate=not out.once)
+        _add_slab(kernels, part, operands, f, slab, d_weight, out.bias, accumulate=out.written)
+    out.written = True
 
 
 def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[_Part], step: int, out: Gradients) -> None:
@@ -178,9 +183,10 @@ def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[_Part], st
             operands = only or _operands(kernels, problem, part)
             f = _form_again(kernels, head.rows(slab.start, slab.stop), slab.start, operands.rows, part)
             _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
-            accumulate = not out.once or part is not parts[0]
+            accumulate = out.written or part is not parts[0]
             _add_slab(kernels, part, operands, f, slab, d_weight, out.bias, accumulate=accumulate)
             del f  # before the next one is made
+    out.written = True
 
 
 def _slabs(

@@ -98,12 +98,13 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
 
 
 def token_outputs(
-    fn: str, flat: _head.FlatHead, *, entropy: bool = False, only_logps: bool = False
+    fn: str, flat: _head.FlatHead, *, entropy: bool = False, only_logps: bool = False, extra: int = 0
 ) -> dict[str, Tensor]:
     """(M,) each: logps and every extra output; `entropy` says that its gradient may be asked for.
 
     A frozen head then keeps its chunk if it can, for dlogp/dhidden alone would have to be formed in vain. `only_logps`:
-    the extra outputs are not read, and where the vocabulary is in parts they mean nothing.
+    the extra outputs are not read, and where the vocabulary is in parts they mean nothing. `extra`: bytes that the kept
+    chunk may take beside the workspace.
     """
     hidden, weight, bias, targets, rows, inv_temperature, *options, _ = flat
     if flat.backend == "reference":
@@ -115,14 +116,14 @@ def token_outputs(
     keep_rows, unit = 0, False
     if torch.is_grad_enabled():
         unit = hidden.requires_grad and not flat.trained and not entropy
-        keep_rows = rows_of_one_chunk(flat) if flat.trained or (entropy and hidden.requires_grad) else 0
+        keep_rows = rows_of_one_chunk(flat, extra) if flat.trained or (entropy and hidden.requires_grad) else 0
     found = _op(fn, hidden, weight, bias, targets, rows, inv_temperature, *options, unit, keep_rows, not only_logps)
     return dict(zip(("logps", *_head.OUTPUTS), found, strict=False))
 
 
-def rows_of_one_chunk(flat: _head.FlatHead) -> int:
-    """Rows of a chunk that holds every live target, 0 if `workspace` has no room for it."""
-    fits = driver.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace)
+def rows_of_one_chunk(flat: _head.FlatHead, extra: int = 0) -> int:
+    """Rows of a chunk that holds every live target, 0 if `workspace` and `extra` bytes have no room for it."""
+    fits = driver.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace, extra)
     count = flat.targets.numel()
     if not _head.recorded(flat.targets):
         # where counting waits for the device, only if all of the targets do not fit: it may save a pass
@@ -176,8 +177,8 @@ def _op(
     state = hidden.new_zeros((4, targets.numel()), dtype=dtype)
     unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
     kept = huge_pages(run.new_chunk(keep_rows, weight, hidden.dtype)) if keep_rows else hidden.new_empty(0)
-    size = driver.score_tokens(weight.shape[1], head.most_rows, workspace)
-    if unit_d_hidden or keep_rows:
+    size = keep_rows or driver.score_tokens(weight.shape[1], head.most_rows, workspace)
+    if unit_d_hidden:
         size = driver.chunk_tokens(weight.shape[1], head.most_rows, hidden.dtype, workspace)
     for part in driver.split(index, size):
         rows_here = problem.gather(part)
@@ -311,6 +312,7 @@ def _backward_op(
         upstream = upstream.where(problem.inv_temperature[index] != 0)
     found = Gradients.zeros(problem, wanted, once=True)
     add_gradients(run, problem, index, scores, upstream, found, chunk)
+    found.finish()
     head.add_over_ranks(found.hidden)
     pairs = (found.hidden, hidden), (found.weight, weight), (found.bias, bias)
     return tuple(hidden.new_empty(0) if x is None else x.to(of.dtype) for x, of in pairs)  # type: ignore

@@ -156,4 +156,4 @@ def _scaled(value: float, step: int, units: Sequence[str]) -> str:
 
 def _parts(ours: Plan) -> str:
     chunk = f"{ours.chunk_tokens} tokens at a time {_figures(0, ours.chunk_bytes)[1]}"
-    return f"{chunk}, fp32 gradients {_figures(0, ours.accumulator_bytes)[1]}"
+    return f"{chunk}, kept beside {_figures(0, ours.accumulator_bytes)[1]}"
