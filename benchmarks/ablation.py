@@ -3,7 +3,8 @@
 stored      the logits of log-probs under any loss, formed again for the backward where two chunks take the place of
             one that stays: plan() says 4 passes for 3
 declared    PPO from a loss that does not declare what it couples: its gradients wait for the whole batch, and plan()
-            says 4 passes for 3. Two chunks in both; the 3 add up the head's gradient in fp32
+            says 4 passes for 3. The workspace has room for half of the tokens; the 3 keep all exponentials in place of
+            an fp32 gradient
 rows        prompt targets scored instead of ignored, as many as completion targets; their upstream gradient is 0, so
             they still leave the two products of the backward, where a copy of the others costs a quarter of these:
             (2 + 2 x 1.25) / 3

@@ -3,8 +3,8 @@
     python benchmarks/memory_cpu.py [--shape 896x151936] [--workspace 256 32] [--dtype bfloat16] [--json FILE]
 
 Each row is a process of its own: how far its resident set rises during one forward and backward of the policy
-(log-probs of the reference given), less the gradients it returns. The bound is the workspace, and the accumulator that
-plan() names where gradients are formed from several chunks; `max`: with max_extra_bytes as large as the workspace.
+(log-probs of the reference given), less the gradients it returns. The bound is the workspace, and what plan() names
+beside it; `max`: with max_extra_bytes as large as the workspace.
 `time` is the median over the same step at the first workspace, run in turn in this process.
 """
 

@@ -20,7 +20,7 @@ from fastpref import kernels
 from fastpref.heads.plan import why_not_in_forward
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
-from fastpref.kernels.memory import huge_pages
+from fastpref.kernels.memory import huge_pages, recycled
 from fastpref.kernels.shard import Shard
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
@@ -123,7 +123,7 @@ class _Sweep(torch.autograd.Function):
                 before, kept = index[: -form.capacity], index[-form.capacity :]
                 parts = driver.split(before, form.capacity)
                 scored = [driver.score(run, problem.head, problem.gather(part)) for part in parts]
-                chunk = huge_pages(run.new_chunk(kept.numel(), problem.head.weight, problem.hidden.dtype))
+                chunk = recycled(run.new_chunk(kept.numel(), problem.head.weight, problem.hidden.dtype))
                 scored.append(driver.score(run, problem.head, problem.gather(kept), chunk))
                 scores = driver.Scores(*(torch.cat(some) for some in zip(*scored, strict=True)))
                 total, upstream = slopes_of(index, scores, first, last)

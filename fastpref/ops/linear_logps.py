@@ -10,7 +10,7 @@ from torch import Tensor
 from fastpref import kernels
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
-from fastpref.kernels.memory import huge_pages
+from fastpref.kernels.memory import recycled
 from fastpref.kernels.reference.linear_logps import linear_logps as reference
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
@@ -176,7 +176,7 @@ def _op(
     top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
     state = hidden.new_zeros((4, targets.numel()), dtype=dtype)
     unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
-    kept = huge_pages(run.new_chunk(keep_rows, weight, hidden.dtype)) if keep_rows else hidden.new_empty(0)
+    kept = recycled(run.new_chunk(keep_rows, weight, hidden.dtype)) if keep_rows else hidden.new_empty(0)
     size = keep_rows or driver.score_tokens(weight.shape[1], head.most_rows, workspace)
     if unit_d_hidden:
         size = driver.chunk_tokens(weight.shape[1], head.most_rows, hidden.dtype, workspace)
@@ -184,7 +184,7 @@ def _op(
         rows_here = problem.gather(part)
         chunk = kept if keep_rows else None
         if unit_d_hidden:
-            chunk = huge_pages(run.new_chunk(part.numel(), weight, hidden.dtype))
+            chunk = recycled(run.new_chunk(part.numel(), weight, hidden.dtype))
         scores = driver.score(run, head, rows_here, chunk)
         if problem.masked:
             scores = scores.where(rows_here.inv_temperature != 0)
