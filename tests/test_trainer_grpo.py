@@ -16,6 +16,8 @@ from fastpref.trainer.grpo import GRPOOptions, group_advantages, train
 from fastpref.trainer.metrics import Tally, read_metrics
 from fastpref.trainer.online import draw, facts_of, open_online
 from fastpref.trainer.packing import pack
+from fastpref.trainer.rewards import Rewards
+from fastpref.trainer.rollout import Sample
 from tests._online import AGREES, REPEATS, assert_resumes, make_tiny, online_options, repeats
 from tests._trainer import assert_same_metrics, assert_same_weights, run_processes
 from tests.test_plan import measured_passes
@@ -67,6 +69,25 @@ def test_a_completion_that_no_reward_can_tell_is_left_out_of_its_group():
     rewards = torch.tensor([1.0, math.nan, 3.0, math.nan, math.nan, math.nan])
     found, _ = group_advantages(rewards, 3, "none", "rloo")
     torch.testing.assert_close(found, torch.tensor([-2.0, 0.0, 2.0, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("estimator", [None, "k1", "k2", "k3"])
+def test_the_kl_in_the_reward_is_that_of_the_estimator_asked_for(tiny, tmp_path, estimator):
+    rows = [([-1.0, -2.0], [-1.5, -1.0]), ([-0.5], [-2.5])]  # logps, ref_logps of completions of unequal length
+
+    def sample(logps, ref_logps):
+        tokens = {"logps": torch.tensor(logps), "ref_logps": torch.tensor(ref_logps)}
+        return Sample(0, [3], [4] * len(logps), True, tokens=tokens, rewards=[1.0])
+
+    given = options(tiny, tmp_path, loss_type="rloo", num_generations=2, kl_coef=0.1, kl_estimator=estimator)
+    rewards = Rewards([REPEATS], None, None, torch.device("cpu"), 1)
+    batch, sums = grpo.judged(given, rewards, [sample(*row) for row in rows])
+    d = [[a - b for a, b in zip(*row, strict=True)] for row in rows]
+    each = {"k1": lambda x: x, "k2": lambda x: x * x / 2, "k3": lambda x: math.expm1(-x) + x}[estimator or "k1"]
+    totals = [1 - 0.1 * sum(map(each, row)) for row in d]
+    assert sums["reward"] == pytest.approx([sum(totals), 2.0], abs=1e-6)
+    assert batch.advantages.tolist() == pytest.approx([totals[0] - totals[1], totals[1] - totals[0]], abs=1e-6)
+    assert sums["objective/kl"] == pytest.approx([sum(map(sum, d)), 2.0])  # k1 whatever the reward takes
 
 
 def passes_of_a_step(tiny, folder, equal, **given):

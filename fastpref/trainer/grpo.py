@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastpref import linear_policy_loss
 from fastpref.losses._protocol import resolve, trait
+from fastpref.losses.kl import kl_estimator_named
 from fastpref.losses.surrogates import POLICY_LOSSES
 from fastpref.trainer.collate import IGNORE_INDEX
 from fastpref.trainer.command import run_command
@@ -194,8 +195,9 @@ def judged(o: GRPOOptions, rewards: Rewards, samples: list[Sample]) -> tuple[Bat
     mask = torch.arange(logps.shape[1]) < lengths[:, None]
     totals = rewards.totals(samples)
     kl = None if ref_logps is None else (logps - ref_logps).sum(1)
-    if o.kl_coef and kl is not None:
-        totals = totals - o.kl_coef * kl
+    if o.kl_coef and ref_logps is not None:
+        estimate = kl_estimator_named(o.recipe, o.kl_estimator or "k1")
+        totals = totals - o.kl_coef * torch.where(mask, estimate(logps, ref_logps), 0.0).sum(1)
     advantages, deviations = group_advantages(totals, o.num_generations, o.scale_rewards, o.loss_name)
 
     found = {"completions/mean_length": lengths.float(), "completions/clipped_ratio": 1 - stopped.float()}
