@@ -91,6 +91,19 @@ def test_what_a_function_gets(tokenizer):
     }
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_column_that_one_row_lacks_is_none_there(tokenizer, turned):
+    def see(completions, answer, level, trainer_state, **given):
+        seen.update(answer=answer, level=level, more=given.keys() - {"prompts", "completion_ids"})
+        return [0, 0]
+
+    seen = {}
+    prompts = [Prompt("a b", [3], {"answer": "c"}), Prompt("d", [3], {"answer": "e", "level": 2})]
+    rewards_of([see], tokenizer, prompts[::-1] if turned else prompts)
+    rows = [("c", None), ("e", 2)][:: -1 if turned else 1]
+    assert seen == {"answer": [row[0] for row in rows], "level": [row[1] for row in rows], "more": set()}
+
+
 def test_an_async_function_runs_beside_a_loop_that_runs(tokenizer):
     async def in_a_notebook():
         return rewards_of([Shortness()], tokenizer)

@@ -3,6 +3,8 @@
 import errno
 import math
 import shutil
+import tracemalloc
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -24,6 +26,7 @@ from fastpref.trainer.batches import items_of_step, my_batches
 from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
 from fastpref.trainer.dpo import DPOOptions, load_pairs, train
 from fastpref.trainer.metrics import MetricsLog, read_metrics
+from fastpref.trainer.run import checksum
 from fastpref.trainer.start import causal_lm, split_by_prompt
 from tests import test_fused_lm_head
 from tests._trainer import (
@@ -177,6 +180,26 @@ def test_resume_from_a_path_and_removal_of_what_came_later(tiny, plain, tmp_path
 def test_resume_without_a_checkpoint_starts_and_says_so(tiny, tmp_path, capsys):
     train(options(tiny, tmp_path, max_steps=1, resume_from_checkpoint=True))
     assert f"no whole checkpoint in {tmp_path}: starting from the beginning" in capsys.readouterr().out
+
+
+def test_resume_does_not_replace_a_finished_run_unasked(tiny, tmp_path):
+    train(options(tiny, tmp_path, max_steps=1))
+    there = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = {"max_steps": 1, "resume_from_checkpoint": True, "learning_rate": 1e-5}
+    with pytest.raises(ValueError, match=r"^dpo: output_dir .* holds a finished run \(model\) and no whole checkpoint"):
+        train(options(tiny, tmp_path, **again))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == there
+    train(options(tiny, tmp_path, **again, overwrite_output_dir=True))
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 1
+    assert (tmp_path / "metrics.jsonl").read_bytes() != there[tmp_path / "metrics.jsonl"]
+
+
+def test_resume_starts_anew_what_was_killed_before_its_first_checkpoint(tiny, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 9.0}\n')
+    (tmp_path / "checkpoint-1.partial").mkdir()
+    train(options(tiny, tmp_path, max_steps=1, resume_from_checkpoint=True))
+    assert "no whole checkpoint" in capsys.readouterr().out
+    assert [line.get("eval_loss") == 9.0 for line in read_metrics(tmp_path / "metrics.jsonl")].count(True) == 0
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(tiny, plain, tmp_path):
@@ -362,6 +385,28 @@ def test_metrics_say_what_json_cannot_and_a_full_disk(tmp_path):
     log._file = Mock(write=Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match=r"MetricsLog: could not write .*m.jsonl: .*No space left"):
         log(2, {**values, "grad_norm": 1.0})
+
+
+def test_metrics_go_on_in_a_new_file_where_the_old_one_is_gone(tmp_path):
+    log = MetricsLog(Accelerator(cpu=True), tmp_path / "m.jsonl", steps=9, steps_per_epoch=3, keep_through=4)
+    log(5, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1})
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl")] == [5]
+
+
+def test_checksum_is_of_every_item_and_never_holds_the_text_of_all():
+    items = [Pair([i, 2, 3], [4] * 50, [5] * 50) for i in range(2000)]
+    found = checksum(items)
+    assert checksum(list(items)) == found
+    for i in (0, 1000, 1999):
+        assert checksum([*items[:i], replace(items[i], chosen_ids=[7]), *items[i + 1 :]]) != found
+    assert checksum(items[::-1]) != found
+    assert checksum(items[:-1]) != found
+    tracemalloc.start()
+    checksum(items)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < len(repr(items)) / 20
 
 
 def test_order_is_a_function_of_seed_and_epoch():

@@ -259,10 +259,14 @@ class Judge:
     ],
     ids=["rewards", "loss"],
 )
-def test_functions_without_a_name_train_and_resume(tiny, tmp_path, given):
-    given |= {"per_device_train_batch_size": 16, "max_steps": 2, "save_steps": 1}
+def test_functions_without_a_name_train_and_resume(tiny, tmp_path, given, capsys):
+    given |= {"per_device_train_batch_size": 16, "max_steps": 2, "save_steps": 1, "logging_steps": 1}
     train(options(tiny, tmp_path, **given))
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     train(options(tiny, tmp_path, **given, resume_from_checkpoint=str(tmp_path / "checkpoint-1")))
+    assert f"resuming  after step 1, from {tmp_path}/checkpoint-1" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
 
 
 def test_refuses_half_a_group(tiny, tmp_path):

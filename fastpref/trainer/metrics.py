@@ -77,7 +77,9 @@ class MetricsLog:
         # off a terminal no bar is drawn (None: tqdm looks), and the printed lines remain
         self._bar = tqdm(total=steps, initial=keep_through or 0, unit="step", disable=None if self._main else True)
         if self._main:
-            kept = [] if keep_through is None else [line for line in read_metrics(path) if line["step"] <= keep_through]
+            through = -1 if keep_through is None else keep_through
+            there = read_metrics(path) if through >= 0 and path.exists() else []
+            kept = [line for line in there if line["step"] <= through]
             aside = path.with_suffix(".partial")
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -5,7 +5,8 @@ function. Functions have the signature of TRL's reward functions, and may be asy
 
     f(prompts, completions, completion_ids, trainer_state, **other columns) -> a number, or None, for each completion
 
-prompts and completions are texts, or lists of messages where the dataset has messages. None: it cannot tell.
+prompts and completions are texts, or lists of messages where the dataset has messages. None: it cannot tell. A column
+that only some of the rows have is None for the others.
 trainer_state is transformers' TrainerState, of which global_step, the steps done, and max_steps are kept up.
 """
 
@@ -126,7 +127,8 @@ def _of_function(
     samples: Sequence[Sample],
 ) -> list[float]:
     completions = [completion_of(tokenizer, prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
-    columns = {name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns if name not in OURS}
+    there = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in OURS)
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in there}
     found = function(
         prompts=[prompt.prompt for prompt in prompts],
         completions=completions,

@@ -94,7 +94,8 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
     """The checkpoint to go on from; None: from the beginning.
 
     resume_from_checkpoint: true: the last whole checkpoint of output_dir, those broken being passed over aloud; or the
-    path of one of its own. Without it an earlier run there is a ValueError, or removed under overwrite_output_dir.
+    path of one of its own. Without it an earlier run there is a ValueError, or removed under overwrite_output_dir; and
+    so is with `true` a finished run that has no whole checkpoint.
     """
     folder, resume = Path(options.output_dir), options.resume_from_checkpoint
     if isinstance(resume, str):
@@ -105,20 +106,25 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
         if reason := checkpoint.why_broken(Path(resume)):
             raise ValueError(f"{options.recipe}: resume_from_checkpoint {resume} is not a whole checkpoint: {reason}")
         return Path(resume)
-    if resume:
-        found = checkpoint.last_whole(folder, accelerator.print)
-        if found is None:
-            accelerator.print(f"no whole checkpoint in {folder}: starting from the beginning")
+    if resume and (found := checkpoint.last_whole(folder, accelerator.print)):
         return found
     with accelerator.main_process_first():  # the others look when the first has cleared up
-        earlier = [*checkpoint.checkpoints(folder), *folder.glob("model")]
-        if earlier and not options.overwrite_output_dir:
+        finished = [*folder.glob("model")]  # which a run that was killed before its first checkpoint has not
+        earlier = [*checkpoint.checkpoints(folder), *finished]
+        if finished and resume and not options.overwrite_output_dir:
+            raise ValueError(
+                f"{options.recipe}: output_dir {folder} holds a finished run (model) and no whole checkpoint to go on "
+                "from. To replace it: --overwrite_output_dir; or choose another --output_dir"
+            )
+        if earlier and not resume and not options.overwrite_output_dir:
             raise ValueError(
                 f"{options.recipe}: output_dir {folder} holds a run ({earlier[-1].name}). To go on with it: "
                 "--resume_from_checkpoint; to replace it: --overwrite_output_dir; or choose another --output_dir"
             )
-        for path in earlier:
+        for path in earlier if options.overwrite_output_dir else []:
             checkpoint.remove(path)
+    if resume:
+        accelerator.print(f"no whole checkpoint in {folder}: starting from the beginning")
     return None
 
 
