@@ -51,10 +51,14 @@ def test_only_what_was_given_is_returned():
         (["--learning-rate", "5e-6"], {"learning_rate": 5e-6}),
         (["--learning_rate=5e-6"], {"learning_rate": 5e-6}),
         (["--bf16", "false"], {"bf16": False}),
+        (["--bf16", "True"], {"bf16": True}),
+        (["--bf16", "N"], {"bf16": False}),
         (["--name", "none"], {"name": None}),
+        (["--name", "None"], {"name": None}),
         (["--loss", "sigmoid"], {"loss": "sigmoid"}),
         (["--loss", "sigmoid", "sft"], {"loss": ["sigmoid", "sft"]}),
         (["--resume"], {"resume": True}),
+        (["--resume", "False"], {"resume": False}),
         (["--resume", "runs/checkpoint-5"], {"resume": "runs/checkpoint-5"}),
         (["--strategy", "steps"], {"strategy": "steps"}),
     ],
@@ -88,11 +92,19 @@ def test_yaml_is_read_and_the_line_overrides_it(tmp_path):
     assert found == {"learning_rate": 5e-6, "steps": 8, "loss": ["sigmoid", "sft"], "name": None, "bf16": True}
 
 
+def test_yaml_takes_aliases_and_a_bare_no(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("n: x\nstrategy: no\n")
+    assert read_yaml(Options, file) == {"name": "x", "strategy": "no"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("stepz: 3", "unknown option 'stepz'; did you mean 'steps'?"),
-        ("n: x", "unknown option 'n'; one of learning_rate, name"),  # keys are the names
+        ("q: x", "unknown option 'q'; one of learning_rate, name"),
+        ("n: x\nname: y", "name is given by both its names"),
+        ("strategy: true", "strategy: wanted one of no, steps; got True"),
         ("steps: [3]", "steps: wanted a whole number; got [3]"),
         ("steps: true", "steps: wanted a whole number; got True"),
         ("- steps", "wanted one `option: value` a line; got list"),

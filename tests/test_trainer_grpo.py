@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 
 from fastpref.losses.surrogates import POLICY_LOSSES
 from fastpref.trainer import forward, grpo
+from fastpref.trainer.config import given_options
 from fastpref.trainer.grpo import GRPOOptions, group_advantages, train
 from fastpref.trainer.metrics import Tally, read_metrics
 from fastpref.trainer.online import draw, facts_of, open_online
@@ -236,6 +237,8 @@ def test_an_option_of_another_loss_is_refused(tiny, tmp_path):
 def test_takes_what_trl_takes(tiny, tmp_path):
     assert options(tiny, tmp_path, scale_rewards=False).scale_rewards == "none"
     assert options(tiny, tmp_path, scale_rewards=True).scale_rewards == "group"
+    line = given_options(GRPOOptions, ["--scale_rewards", "False"], prog="grpo", description="")
+    assert options(tiny, tmp_path, **line).scale_rewards == "none"
     assert options(tiny, tmp_path, reward_funcs=same).reward_funcs == [same]
     given = {"sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.3}
     assert options(tiny, tmp_path, loss_type="sapo", **given).of_loss == given

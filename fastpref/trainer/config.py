@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
 
-TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+# in lower case, those of transformers' string_to_bool
+TRUTH = {**dict.fromkeys("true t yes y 1".split(), True), **dict.fromkeys("false f no n 0".split(), False)}
 
 
 def option(default: T, meaning: str, *, alias: str | None = None) -> T:
@@ -66,7 +67,11 @@ def given_options(options: type, argv: Sequence[str], *, prog: str, description:
 
 
 def read_yaml(options: type, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The options that a YAML file sets, name to converted value; an unknown key is a ValueError."""
+    """The options that a YAML file sets, by their names or aliases, name to converted value.
+
+    Raises:
+        ValueError: an unknown key, a value of another type, or an option by both its names.
+    """
     import yaml  # a requirement of the trainer only
 
     with open(path, encoding="utf-8") as file:
@@ -79,10 +84,16 @@ def read_yaml(options: type, path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: wanted one `option: value` a line; got {type(found).__name__}")
     kinds = _kinds(options)
-    for name in found:
+    aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(options)}
+    given: dict[str, Any] = {}
+    for key, value in found.items():
+        name = aliases.get(key, key)
         if name not in kinds:
             raise ValueError(f"{path}: {_unknown(str(name), kinds)}")
-    return {name: convert(name, value, kinds[name]) for name, value in found.items()}
+        if name in given:
+            raise ValueError(f"{path}: {name} is given by both its names")
+        given[name] = convert(name, value, kinds[name])
+    return given
 
 
 def _kinds(options: type) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def as_command(prog: str, options: Any) -> str:
 def convert(name: str, value: Any, kind: Any) -> Any:
     """`value`, a text or what YAML made of it, as the annotated type `kind`; a ValueError says what was wanted."""
     members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if types.NoneType in members and (value is None or value in ("none", "null")):
+    if types.NoneType in members and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
     for member in members:
         try:
@@ -126,12 +137,15 @@ def _as_text(value: Any) -> str:
 
 
 def _as(value: Any, kind: Any) -> Any:
-    if get_origin(kind) is Literal and value in get_args(kind):
-        return value
+    if get_origin(kind) is Literal:
+        word = "no" if value is False else value  # YAML reads a bare `no` as false
+        return word if isinstance(word, str) and word in get_args(kind) else _refuse()
     if get_origin(kind) is list:
         return [_as(item, get_args(kind)[0]) for item in (value if isinstance(value, list) else [value])]
     if kind is bool:
-        return value if isinstance(value, bool) else TRUTH[value.lower()] if value in TRUTH else _refuse()
+        if isinstance(value, str):
+            return TRUTH[value.lower()] if value.lower() in TRUTH else _refuse()
+        return value if isinstance(value, bool) else _refuse()
     # YAML reads 1e-6, without a point, as text: text is therefore welcome where a number is wanted
     if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return kind(value) if kind is float or not isinstance(value, float) else _refuse()

@@ -71,9 +71,9 @@ class GRPOOptions(OnlineOptions):
     loss_type: str | Callable[..., Tensor] = option(
         "dapo", "a policy loss: grpo, dr_grpo, dapo, bnpo, gspo, cispo, sapo, luspo, rloo, reinforce, ppo"
     )
-    scale_rewards: Literal["paper", "group", "batch", "none"] = option(
+    scale_rewards: bool | Literal["paper", "group", "batch", "none"] = option(
         "paper",
-        "what divides advantages: the group's deviation, the batch's, nothing; paper: as the loss's, mostly group",
+        "what divides advantages: the group's deviation (or true), the batch's, none (or false); paper: as the loss's",
     )
     epsilon: float | None = option(None, "the ratio counts within 1 - epsilon and 1 + epsilon_high; none: the loss's")
     epsilon_high: float | None = option(None, "none: epsilon, or the loss's own")
@@ -198,7 +198,7 @@ def judged(o: GRPOOptions, rewards: Rewards, samples: list[Sample]) -> tuple[Bat
     if o.kl_coef and ref_logps is not None:
         estimate = kl_estimator_named(o.recipe, o.kl_estimator or "k1")
         totals = totals - o.kl_coef * torch.where(mask, estimate(logps, ref_logps), 0.0).sum(1)
-    advantages, deviations = group_advantages(totals, o.num_generations, o.scale_rewards, o.loss_name)
+    advantages, deviations = group_advantages(totals, o.num_generations, str(o.scale_rewards), o.loss_name)
 
     found = {"completions/mean_length": lengths.float(), "completions/clipped_ratio": 1 - stopped.float()}
     if kl is not None:
