@@ -7,6 +7,7 @@ import tracemalloc
 from dataclasses import replace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from fastpref.trainer.batches import items_of_step, my_batches
 from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
 from fastpref.trainer.dpo import DPOOptions, load_pairs, train
 from fastpref.trainer.metrics import MetricsLog, read_metrics
+from fastpref.trainer.options import DEMANDING, SCHEDULES
 from fastpref.trainer.run import checksum
 from fastpref.trainer.start import causal_lm, split_by_prompt
 from tests import test_fused_lm_head
@@ -177,6 +179,22 @@ def test_resume_from_a_path_and_removal_of_what_came_later(tiny, plain, tmp_path
         train(options(tiny, tmp_path, resume_from_checkpoint=str(plain[0] / "checkpoint-5")))
 
 
+def test_paths_enums_and_numpys_numbers_are_options_that_a_checkpoint_holds(tiny, tmp_path):
+    sources = {"model_name_or_path": tiny / "model", "dataset_name": tiny / "pairs.jsonl"}
+    given = {**sources, "lr_scheduler_type": transformers.SchedulerType.LINEAR, "learning_rate": np.float64(1e-3)}
+    given |= {"max_steps": np.int64(2), "save_steps": 1, "per_device_train_batch_size": 2}
+    train(DPOOptions(**given, output_dir=tmp_path))
+    train(DPOOptions(**given, output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-1"))
+    assert (tmp_path / "checkpoint-2").is_dir()
+    gone_on = DPOOptions(resume_from_checkpoint=tmp_path / "checkpoint-1", eval_strategy=False)
+    assert gone_on.resume_from_checkpoint == str(tmp_path / "checkpoint-1")
+    assert gone_on.eval_strategy == "no"
+
+
+def test_every_schedule_is_taken_or_named_as_demanding():
+    assert {kind.value for kind in transformers.SchedulerType} <= {*SCHEDULES, *DEMANDING}
+
+
 def test_resume_without_a_checkpoint_starts_and_says_so(tiny, tmp_path, capsys):
     train(options(tiny, tmp_path, max_steps=1, resume_from_checkpoint=True))
     assert f"no whole checkpoint in {tmp_path}: starting from the beginning" in capsys.readouterr().out
@@ -325,6 +343,11 @@ def test_weights_in_bfloat16(tiny, tmp_path):
         ({"max_steps": -1, "num_train_epochs": 0.0}, "num_train_epochs must be above 0"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 exclude each other"),
         ({"workspace": 0}, "dpo: workspace must be at least 1; got 0"),
+        ({"lr_scheduler_type": "cosin"}, "dpo: unknown lr_scheduler_type 'cosin'; did you mean 'cosine'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "dpo: lr_scheduler_type cosine_with_min_lr wants options of"),
+        ({"eval_strategy": "epochs"}, "^dpo: eval_strategy: wanted one of no, steps, epoch; got 'epochs'"),
+        ({"dtype": "fp16"}, "dpo: dtype: wanted one of float32, bfloat16, float16; got 'fp16'"),
+        ({"gradient_checkpointing": "selectiv"}, "wanted true or false or one of selective; got 'selectiv'"),
         ({"loss_type": "simpo", "ld_alpha": 0.5}, r"dpo: ld_alpha goes with sigmoid, .*got loss_type simpo"),
         ({"loss_type": "orpo", "f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl' goes with sigmoid"),
         ({"loss_weights": [1.0, 2.0]}, "dpo: loss_weights must have one weight for each loss, 1; got 2"),
@@ -346,7 +369,6 @@ def test_an_option_of_another_loss_is_refused():
         ({"per_device_train_batch_size": 49}, "48 training pairs do not fill one optimizer step of 49 pairs"),
         ({"test_split_size": 64}, "64 held-out examples leave nothing to train on"),
         ({"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
-        ({"lr_scheduler_type": "cosin"}, "dpo: unknown lr_scheduler_type 'cosin'; did you mean 'cosine'"),
         ({"model_name_or_path": "./nowhere"}, r"dpo: no tokenizer to be had from './nowhere' \(no such folder\)"),
         ({"report_to": "wandb"}, "dpo: report_to wandb needs: pip install wandb"),
     ],

@@ -7,6 +7,7 @@ line (`--name value`), in the YAML file (`name: value`) and in Python. The comma
 import argparse
 import dataclasses
 import difflib
+import enum
 import os
 import shlex
 import types
@@ -15,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -123,6 +126,36 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         except (TypeError, ValueError):
             continue
     raise ValueError(f"{name}: wanted {' or '.join(map(_describe, members))}; got {value!r}")
+
+
+def settle(options: Any) -> None:
+    """Gives options set in Python the types that the command line's have.
+
+    An enum's member becomes its value, a path text, a number of NumPy's Python's own; what has a few words to choose
+    from must be one of them. A checkpoint, which remembers the options, can hold nothing else.
+
+    Raises:
+        ValueError: another word than the option's, said as the command line says it.
+    """
+    for name, kind in _kinds(type(options)).items():
+        value = _plain(getattr(options, name))
+        members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+        if any(get_origin(member) is Literal for member in members):
+            try:
+                value = convert(name, value, kind)
+            except ValueError as error:
+                raise ValueError(f"{options.recipe}: {error}") from None
+        setattr(options, name, value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def name_of(function: Callable[..., Any]) -> str:

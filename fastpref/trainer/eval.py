@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from fastpref import dpo_loss, fused_lm_head, linear_logps
 from fastpref.trainer.collate import IGNORE_INDEX, PromptAndCompletion, collate
-from fastpref.trainer.config import given_options, option
+from fastpref.trainer.config import given_options, option, settle
 from fastpref.trainer.data import Pair, pair_columns, sequences_of, tokenize_pairs
 from fastpref.trainer.data_files import load_rows, split_to_judge
 from fastpref.trainer.encode import scored
@@ -73,6 +73,7 @@ class EvalOptions:
     output_file: str | None = option(None, "where the figures go as JSON; none: nowhere")
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in "max_samples num_generations max_completion_length per_device_eval_batch_size".split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"eval: {name} must be at least 1; got {getattr(self, name)}")

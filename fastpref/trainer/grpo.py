@@ -93,8 +93,6 @@ class GRPOOptions(OnlineOptions):
             raise ValueError(f"grpo: num_generations must be at least 2, to be compared; got {self.num_generations}")
         if isinstance(self.scale_rewards, bool):  # as TRL takes it
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        if self.scale_rewards not in ("paper", "group", "batch", "none"):
-            raise ValueError(f"grpo: scale_rewards must be paper, group, batch or none; got {self.scale_rewards!r}")
         resolve("grpo", POLICY_LOSSES, self.loss_type, None, self.of_loss, given=())
         if self.batches % self.gradient_accumulation_steps:
             raise ValueError(

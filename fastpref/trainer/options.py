@@ -6,11 +6,27 @@ TrainingArguments, but for lr_scheduler_type (cosine here), bf16 (off here), pad
 `max_extra_bytes` and gradient_checkpointing's "selective" are ours.
 """
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fastpref.trainer.config import option
+from fastpref.trainer.config import option, settle
+
+# of transformers: those that follow from the numbers of steps and of warm-up steps, and those that want more
+SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt".split()
+DEMANDING = "reduce_lr_on_plateau cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy".split()
+
+
+def check_schedule(recipe: str, name: str) -> None:
+    """A ValueError unless this is a schedule of transformers that needs no options of its own."""
+    if name in SCHEDULES:
+        return
+    if name in DEMANDING:
+        raise ValueError(f"{recipe}: lr_scheduler_type {name} wants options of its own; one of {', '.join(SCHEDULES)}")
+    near = difflib.get_close_matches(name, SCHEDULES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(SCHEDULES)}"
+    raise ValueError(f"{recipe}: unknown lr_scheduler_type {name!r}{hint}")
 
 
 @dataclass(kw_only=True)
@@ -88,6 +104,8 @@ class TrainOptions:
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where metrics go beside metrics.jsonl")
 
     def __post_init__(self) -> None:
+        settle(self)
+        check_schedule(self.recipe, self.lr_scheduler_type)
         counts = "logging_steps eval_steps save_steps save_total_limit gradient_accumulation_steps lora_r workspace"
         for name in [*counts.split(), "per_device_train_batch_size", "per_device_eval_batch_size"]:
             if getattr(self, name) is not None and getattr(self, name) < 1:

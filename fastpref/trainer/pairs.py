@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from fastpref.trainer.config import given_options, option
+from fastpref.trainer.config import given_options, option, settle
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.demo import demo_model
 from fastpref.trainer.pretrained import from_pretrained
@@ -63,6 +63,7 @@ class PairsOptions:
     seed: int = option(42, "seed of what is drawn")
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in "max_prompts max_completion_length per_device_eval_batch_size".split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"pairs: {name} must be at least 1; got {getattr(self, name)}")

@@ -363,10 +363,12 @@ def checksum(items: Iterable[Any]) -> int:
 
 
 def _named(value: Any) -> Any:
-    """A function by its name: a checkpoint cannot hold it."""
-    if isinstance(value, list):
+    """A function by its name, and what else a checkpoint cannot hold as text."""
+    if isinstance(value, list | tuple):
         return [_named(one) for one in value]
-    return name_of(value) if callable(value) else value
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return name_of(value) if callable(value) else str(value)
 
 
 def differences(now: dict[str, Any], state: State) -> list[str]:

@@ -1,7 +1,6 @@
 """Before the first step: processes and devices, where to start, the model, its optimizer groups, a held-out part."""
 
 import ctypes
-import difflib
 import os
 import random
 import sys
@@ -18,7 +17,7 @@ from accelerate.utils import AutocastKwargs, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, SchedulerType
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fastpref import fused_lm_head
 from fastpref.trainer import checkpoint
@@ -46,15 +45,10 @@ def start(options: TrainOptions) -> Accelerator:
     """The processes and devices of this run, its precision and its tracker.
 
     Raises:
-        ValueError: the schedule has no such name, the tracker is not installed, or the launcher asks for more than DDP
+        ValueError: the tracker is not installed, or the launcher asks for more than DDP
             and FSDP2.
     """
     o = options
-    schedules = [kind.value for kind in SchedulerType]
-    if o.lr_scheduler_type not in schedules:
-        near = difflib.get_close_matches(o.lr_scheduler_type, schedules, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(schedules)}"
-        raise ValueError(f"{o.recipe}: unknown lr_scheduler_type {o.lr_scheduler_type!r}{hint}")
     if o.report_to != "none" and find_spec(o.report_to) is None:
         raise ValueError(f"{o.recipe}: report_to {o.report_to} needs: pip install {o.report_to}")
     # said outright: accelerate keeps the precision of an earlier run in this Python process unless told one
