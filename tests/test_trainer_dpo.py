@@ -21,7 +21,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from fastpref.losses.preference import Pairs
+from fastpref.losses.preference import PREFERENCE_LOSSES, Pairs
 from fastpref.trainer import report
 from fastpref.trainer.batches import items_of_step, my_batches
 from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
@@ -351,11 +351,23 @@ def test_weights_in_bfloat16(tiny, tmp_path):
         ({"loss_type": "simpo", "ld_alpha": 0.5}, r"dpo: ld_alpha goes with sigmoid, .*got loss_type simpo"),
         ({"loss_type": "orpo", "f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl' goes with sigmoid"),
         ({"loss_weights": [1.0, 2.0]}, "dpo: loss_weights must have one weight for each loss, 1; got 2"),
+        ({"label_smoothing": 0.7}, r"^dpo: sigmoid: label_smoothing must be in \[0, 0.5\); got 0.7"),
+        ({"loss_type": ["sft", "exo_pair"], "label_smoothing": 0.0}, "^dpo: exo_pair: label_smoothing must be > 0"),
+        ({"loss_type": "dpop", "dpop_lambda": -1.0}, "^dpo: dpop: dpop_lambda must be "),
     ],
 )
 def test_options_are_checked_before_anything_runs(given, message):
     with pytest.raises(ValueError, match=message):
         DPOOptions(**given)
+
+
+@pytest.mark.parametrize("loss_type", PREFERENCE_LOSSES)
+def test_every_loss_takes_its_defaults(loss_type):
+    assert DPOOptions(loss_type=loss_type).loss_names == [loss_type]
+
+
+def test_a_loss_written_by_the_user_is_not_called_by_the_options():
+    DPOOptions(loss_type=[Mock(side_effect=AssertionError, __name__="own", __signature__=None), "sigmoid"])
 
 
 def test_an_option_of_another_loss_is_refused():

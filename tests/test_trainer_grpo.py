@@ -220,6 +220,9 @@ def test_two_processes_make_the_run_of_one(tiny, tmp_path):
         ({"scale_rewards": "groups"}, "scale_rewards: wanted true or false or one of paper,"),
         ({"top_p": 0.0}, "top_p must be in (0, 1]"),
         ({"loss_type": "grop"}, "loss_type must be a function or one of ppo, grpo"),
+        ({"epsilon": -0.1}, "grpo: dapo: epsilon and epsilon_high must be >= 0; got -0.1"),
+        ({"delta": 0.5}, "grpo: dapo: delta must be > 1, or None; got 0.5"),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "grpo: sapo: temperatures must be > 0"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation must be a multiple"),
     ],
 )

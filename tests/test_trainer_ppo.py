@@ -251,6 +251,12 @@ def test_a_step_ends_early_and_the_schedule_goes_on(tiny, tmp_path):
         ({"missing_eos_penalty": 1.0}, "missing_eos_penalty needs a stop token"),
         ({"adaptive_kl_target": 1.0}, "adaptive_kl_target steers kl_coef, and both must be above 0"),
         ({"num_ppo_epochs": 0}, "num_ppo_epochs must be at least 1"),
+        ({"adaptive_kl_horizon": 0}, "adaptive_kl_horizon must be at least 1"),
+        ({"gamma": 1.5}, "gamma must be in [0, 1]; got 1.5"),
+        ({"lam": -0.1}, "lam must be in [0, 1]; got -0.1"),
+        ({"cliprange": -0.2}, "cliprange must be 0 or more; got -0.2"),
+        ({"cliprange_value": float("nan")}, "cliprange_value must be 0 or more; got nan"),
+        ({"vf_coef": -0.1}, "vf_coef must be 0 or more; got -0.1"),
     ],
 )
 def test_refuses(tiny, tmp_path, given, message):

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpref import linear_logps, linear_preference_loss
 from fastpref.losses._protocol import trait
 from fastpref.losses.dpo import bind
+from fastpref.losses.pairs import Pairs, Tokens
 from fastpref.losses.preference import PREFERENCE_LOSSES
 from fastpref.trainer.batches import my_batches, of_all
 from fastpref.trainer.collate import IGNORE_INDEX
@@ -36,7 +37,7 @@ from fastpref.trainer.demo import demo_pairs
 from fastpref.trainer.encode import scored
 from fastpref.trainer.forward import placed, rows_of, tallied, through_head
 from fastpref.trainer.metrics import Tally, means
-from fastpref.trainer.options import CausalOptions
+from fastpref.trainer.options import CausalOptions, check_ranges
 from fastpref.trainer.reference import LogpsCache, open_cache, remembered
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
 from fastpref.trainer.start import load_items
@@ -79,7 +80,7 @@ class DPOOptions(CausalOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bind(
+        loss = bind(
             "dpo",
             self.loss_type,
             self.loss_weights,
@@ -90,6 +91,10 @@ class DPOOptions(CausalOptions):
             use_weighting=self.use_weighting,
             options=self.of_losses,
         )
+        zero, one = torch.zeros(1), torch.ones(1)
+        tokens = Tokens(torch.zeros(2), torch.zeros(2), torch.ones(2, dtype=torch.bool), torch.arange(2))
+        pair = Pairs(zero, zero, zero, zero, one, one, tokens)
+        check_ranges("dpo", loss.terms, PREFERENCE_LOSSES.values(), zero, pair, beta=self.beta)
 
     @property
     def of_losses(self) -> dict[str, float]:

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastpref import linear_policy_loss
 from fastpref.losses._protocol import resolve, trait
 from fastpref.losses.kl import kl_estimator_named
-from fastpref.losses.surrogates import POLICY_LOSSES
+from fastpref.losses.surrogates import POLICY_LOSSES, Rollout
 from fastpref.trainer.collate import IGNORE_INDEX
 from fastpref.trainer.command import run_command
 from fastpref.trainer.config import name_of, option
@@ -45,6 +45,7 @@ from fastpref.trainer.online import (
     sequences_of,
     update_roles,
 )
+from fastpref.trainer.options import check_ranges
 from fastpref.trainer.rewards import Rewards
 from fastpref.trainer.rollout import Sample
 from fastpref.trainer.run import Outcome, Run, Update, after_step, begin, finish, steps_to_do
@@ -93,7 +94,10 @@ class GRPOOptions(OnlineOptions):
             raise ValueError(f"grpo: num_generations must be at least 2, to be compared; got {self.num_generations}")
         if isinstance(self.scale_rewards, bool):  # as TRL takes it
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        resolve("grpo", POLICY_LOSSES, self.loss_type, None, self.of_loss, given=())
+        terms = resolve("grpo", POLICY_LOSSES, self.loss_type, None, self.of_loss, given=())
+        zero = torch.zeros(1)
+        token = Rollout(zero, zero, zero, torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.long), 1)
+        check_ranges("grpo", terms, POLICY_LOSSES.values(), zero, token)
         if self.batches % self.gradient_accumulation_steps:
             raise ValueError(
                 "grpo: steps_per_generation must be a multiple of gradient_accumulation_steps; "

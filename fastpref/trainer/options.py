@@ -8,9 +8,13 @@ TrainingArguments, but for lr_scheduler_type (cosine here), bf16 (off here), pad
 
 import difflib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
+from fastpref.losses._protocol import Loss, Terms
 from fastpref.trainer.config import option, settle
 
 # of transformers: those that follow from the numbers of steps and of warm-up steps, and those that want more
@@ -138,6 +142,19 @@ class CausalOptions(TrainOptions):
     padding_free: bool = option(
         True, "read batches without padding, a prompt once for all its completions, where the model can"
     )
+
+
+def check_ranges(recipe: str, terms: Terms, known: Collection[Loss], like: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Refuses an option that is out of its loss's range: the loss alone knows it, and is called on a trifle.
+
+    known: the losses to call; a function of the user's is not among them. args, kwargs: what those take.
+    """
+    for term in terms.terms:
+        if term.loss in known:
+            try:
+                term(recipe, like, *args, **kwargs)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{recipe}: {error}") from error
 
 
 # What may differ between a run and its resumption: where it goes and who watches, not what it computes

@@ -87,9 +87,16 @@ class PPOOptions(OnlineOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in "response_length local_rollout_forward_batch_size num_ppo_epochs num_mini_batches".split():
+        counts = "response_length local_rollout_forward_batch_size num_ppo_epochs num_mini_batches adaptive_kl_horizon"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"ppo: {name} must be at least 1; got {getattr(self, name)}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ppo: {name} must be in [0, 1]; got {getattr(self, name)}")
+        for name in ("cliprange", "cliprange_value", "vf_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"ppo: {name} must be 0 or more; got {getattr(self, name)}")
         if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
             raise ValueError(f"ppo: missing_eos_penalty must be above 0; got {self.missing_eos_penalty}")
         if self.adaptive_kl_target is not None and not (self.adaptive_kl_target > 0 and self.kl_coef > 0):
