@@ -471,6 +471,23 @@ def test_no_prompt_is_on_both_sides_of_the_split():
     assert split_by_prompt(pairs, 0, seed=0) == (pairs, [])
 
 
+@pytest.mark.parametrize("prompts", [[[1]] * 40, [[1]] * 20 + [[2]] * 20, [[1]] * 39 + [[2]]])
+def test_where_prompts_are_too_few_to_hold_out_whole_rows_are_drawn(prompts, capsys):
+    pairs = [Pair(prompt, [i], [99]) for i, prompt in enumerate(prompts)]
+    kept, held_out = split_by_prompt(pairs, 2, seed=0)
+    assert (len(kept), len(held_out)) == (38, 2)
+    assert sorted([*kept, *held_out], key=lambda p: p.chosen_ids) == pairs
+    assert "2 of 40 drawn one by one" in capsys.readouterr().out
+
+
+def test_a_large_prompt_stays_where_smaller_ones_will_do():
+    pairs = [Pair([max(i, 30)], [i], [99]) for i in range(60)]
+    for seed in range(5):
+        kept, held_out = split_by_prompt(pairs, 6, seed=seed)
+        assert 6 <= len(held_out) <= 12
+        assert not {p.prompt_ids[0] for p in kept} & {p.prompt_ids[0] for p in held_out}
+
+
 def test_an_adapter_is_no_model_to_start_from(tmp_path):
     """Its reference would silently be the base under it."""
     (tmp_path / "adapter_config.json").write_text("{}")

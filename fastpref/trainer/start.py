@@ -210,34 +210,49 @@ def load_items(
     items, told = tokenize(rows)
     say(f"training  {told}")
     if test_rows is None:
-        return split_by_prompt(items, round(size * len(items)) if size < 1 else int(size), options.seed)
+        return split_by_prompt(items, round(size * len(items)) if size < 1 else int(size), options.seed, say)
     held_out, told = tokenize(test_rows)
     say(f"held out  {told}")
     return items, held_out
 
 
-def split_by_prompt(items: Sequence[Any], size: int, seed: int) -> tuple[list[Any], list[Any]]:
+def split_by_prompt(
+    items: Sequence[Any], size: int, seed: int, say: Callable[[str], None] = print
+) -> tuple[list[Any], list[Any]]:
     """(the rest, at least `size` held-out items): no prompt on both sides, or the held-out metrics would flatter.
+
+    Where whole prompts would be more than twice `size`, or all there is, `size` items are drawn whatever their prompts,
+    and that is said.
 
     items: with prompt_ids each; one without a prompt stands for itself.
     Raises:
         ValueError: nothing would be left to train on.
     """
+    n = len(items)
+    if size >= n:
+        raise ValueError(
+            f"split_by_prompt: {size} held-out examples leave nothing to train on: there are {n}. Give "
+            "dataset_test_split, or test_split_size 0"
+        )
     prompt_of = [tuple(item.prompt_ids) or (-1 - i,) for i, item in enumerate(items)]
     count = Counter(prompt_of)
     prompts = sorted(count)
-    random.Random(seed).shuffle(prompts)
+    draw = random.Random(seed)
+    draw.shuffle(prompts)
     drawn: set[tuple[int, ...]] = set()
     taken = 0
     while prompts and taken < size:
-        drawn.add(prompts[-1])
-        taken += count[prompts.pop()]
-    if not prompts:
-        raise ValueError(
-            f"split_by_prompt: {size} held-out examples leave nothing to train on: there are {len(items)} of "
-            f"{len(count)} prompts, and those of a prompt stay together. Give dataset_test_split, or test_split_size 0"
+        if taken + count[prompts[-1]] <= 2 * size:
+            drawn.add(prompts[-1])
+            taken += count[prompts[-1]]
+        prompts.pop()
+    chosen = {i for i, prompt in enumerate(prompt_of) if prompt in drawn}
+    if taken < size or taken == n:
+        say(
+            f"held out  {size} of {n} drawn one by one, for their {len(count)} prompts are too few to be held out whole"
         )
+        chosen = {*draw.sample(range(n), size)}
     sides: tuple[list[Any], list[Any]] = ([], [])
-    for prompt, item in zip(prompt_of, items, strict=True):
-        sides[prompt in drawn].append(item)
+    for i, item in enumerate(items):
+        sides[i in chosen].append(item)
     return sides
