@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from fastpref.losses.preference import PREFERENCE_LOSSES, Pairs
 from fastpref.trainer import report
 from fastpref.trainer.batches import items_of_step, my_batches
+from fastpref.trainer.checkpoint import checkpoints
 from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
 from fastpref.trainer.dpo import DPOOptions, load_pairs, train
 from fastpref.trainer.metrics import MetricsLog, read_metrics
@@ -131,6 +132,14 @@ def test_two_batches_of_one_pair_make_the_step_of_one_batch_of_two(tiny, tmp_pat
     train(options(tiny, tmp_path / "1x2", per_device_train_batch_size=2, **once))
     train(options(tiny, tmp_path / "2x1", per_device_train_batch_size=1, gradient_accumulation_steps=2, **once))
     assert_same_weights(tmp_path / "1x2/model", tmp_path / "2x1/model", rtol=0, atol=1e-6)
+
+
+def test_data_smaller_than_a_step_are_one_step(tiny, tmp_path):
+    given = {"max_steps": -1, "num_train_epochs": 2, "test_split_size": 59, "save_steps": 1}
+    for size in (5, 8):
+        train(options(tiny, tmp_path / f"{size}", per_device_train_batch_size=size, **given))
+    assert [path.name for path in checkpoints(tmp_path / "8")] == ["checkpoint-1", "checkpoint-2"]
+    assert_same_weights(tmp_path / "5" / "model", tmp_path / "8" / "model", rtol=0, atol=0)
 
 
 def test_two_processes_make_the_run_of_one(tiny, plain, tmp_path):
@@ -378,7 +387,6 @@ def test_an_option_of_another_loss_is_refused():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"per_device_train_batch_size": 49}, "48 training pairs do not fill one optimizer step of 49 pairs"),
         ({"test_split_size": 64}, "64 held-out examples leave nothing to train on"),
         ({"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
         ({"model_name_or_path": "./nowhere"}, r"dpo: no tokenizer to be had from './nowhere' \(no such folder\)"),

@@ -1,5 +1,6 @@
 """`fastpref grpo` on a tiny model: GRPO and RLOO find a known optimum; groups, and what a dead one costs."""
 
+import json
 import math
 from functools import partial
 
@@ -273,6 +274,17 @@ def test_functions_without_a_name_train_and_resume(tiny, tmp_path, given, capsys
     train(options(tiny, tmp_path, **given, resume_from_checkpoint=str(tmp_path / "checkpoint-1")))
     assert f"resuming  after step 1, from {tmp_path}/checkpoint-1" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
+def test_prompts_may_repeat_and_must_fill_a_step(tiny, tmp_path, capsys):
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"prompt": "a b", "letter": "a"}) + "\n")
+    given = {"dataset_name": file, "max_steps": 1, "per_device_train_batch_size": 16, "test_split_size": 1}
+    with pytest.raises(ValueError, match="1 training prompts do not fill one optimizer step of 2 prompts"):
+        train(options(tiny, tmp_path / "run", **{**given, "test_split_size": 0}))
+    file.write_text(file.read_text() * 8)
+    train(options(tiny, tmp_path / "run", **given))
+    assert "7 to train on, 1 held out" in capsys.readouterr().out
 
 
 def test_refuses_half_a_group(tiny, tmp_path):

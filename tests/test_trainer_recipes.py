@@ -258,6 +258,16 @@ def test_the_kl_takes_answers_of_other_prompts(tiny):
     assert [e.completion_ids for e in kto.mismatched(Run, long, [0, 1])] == [[8], [4, 5, 6]]
 
 
+def test_a_single_held_out_example_goes_back_to_training(tiny, tmp_path, capsys):
+    rows = (tiny / "labelled.jsonl").read_text().splitlines(keepends=True)
+    file = tmp_path / "twelve.jsonl"
+    file.write_text("".join(rows[:8] + rows[-4:]))
+    outcome = train(options("kto", tiny, tmp_path / "run", dataset_name=file, test_split_size=0.05, max_steps=1))
+    assert outcome.before == {}
+    shown = capsys.readouterr().out
+    assert "held out  none" in shown and "12 to train on, 0 held out" in shown
+
+
 def test_words_of_the_model(plain):
     ids = AutoTokenizer.from_pretrained(plain["kto"][1].model_dir)("a b film is", return_tensors="pt").input_ids
     logits = parameters("kto", plain["kto"][1].model_dir)(ids).logits[0, -1]

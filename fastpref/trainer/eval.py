@@ -160,7 +160,7 @@ def load(o: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Pair]
     if o.max_prompts and prompt_columns(list(rows[0])) is None:
         room = None if o.max_length is None else o.max_length - o.max_completion_length
         only = [{key: value for key, value in row.items() if key not in ("chosen", "rejected")} for row in rows]
-        prompts, asked = tokenize_prompts(only, tokenizer, max_length=room)
+        prompts, asked = tokenize_prompts(only, tokenizer, max_length=room, distinct=True)
         print(f"prompts   {asked}", flush=True)
     return pairs, prompts[: o.max_prompts]
 

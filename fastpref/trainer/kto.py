@@ -108,6 +108,9 @@ def load_examples(
         tokenize=partial(tokenize_labelled, tokenizer=tokenizer, max_length=options.max_length),
         demo=lambda held_out: demo_pairs(seed=options.seed, held_out=-(-held_out // 2)),
     )
+    if options.loss_type == "kto" and len(held_out) == 1 and options.dataset_test_split is None:
+        say("held out  none: the one example goes back to those to train on, since kl needs two")
+        examples, held_out = [*examples, *held_out], []
     desirable = sum(bool(example.desirable) for example in examples)
     good, bad = options.desirable_weight * desirable, options.undesirable_weight * (len(examples) - desirable)
     if not bad <= good <= 4 / 3 * bad:
@@ -137,6 +140,8 @@ def references(run: Run) -> State:
     """The log-probabilities under the model before training: of the answers, and of the mismatched ones for kl."""
     n_held_out, steps = len(run.held_out), list(steps_to_do(run, {"step": 0}))
     visited = {i for _, indices in steps for i in indices}
+    if run.options.loss_type == "kto" and (run.per_step < 2 or n_held_out == 1):
+        raise ValueError("kto: kl needs at least 2 examples a step, and 2 held out or none; raise the batch size")
     run.say(f"reference scores {len(visited) + n_held_out} examples, once")
     cache = open_cache(run)
     found = {
@@ -144,8 +149,6 @@ def references(run: Run) -> State:
         "held_out_reference": reference_logps(run, cache, run.held_out, range(n_held_out)),
     }
     if run.options.loss_type == "kto":
-        if run.per_step < 2 or n_held_out == 1:
-            raise ValueError("kto: kl needs at least 2 examples a step, and 2 held out or none; raise the batch size")
         others = [other for _, indices in steps for other in mismatched(run, run.items, indices)]
         held_out = mismatched(run, run.held_out, range(n_held_out))
         found["mismatched_reference"] = reference_logps(run, cache, others, range(len(others)))

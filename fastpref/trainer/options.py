@@ -3,7 +3,8 @@
 Names and defaults are those of TRL's ScriptArguments, ModelConfig and trainer configs and of transformers'
 TrainingArguments, but for lr_scheduler_type (cosine here), bf16 (off here), padding_free (on here), dataset_test_split
 (no split here) and output_dir. `test_split_size`, `overwrite_output_dir`, `skip_nonfinite`, `workspace`,
-`max_extra_bytes` and gradient_checkpointing's "selective" are ours.
+`max_extra_bytes` and gradient_checkpointing's "selective" are ours. An epoch ends with its last full optimizer step,
+where transformers takes a smaller one; only data that do not fill a single step are one smaller step.
 """
 
 import difflib

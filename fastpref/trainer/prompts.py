@@ -46,11 +46,16 @@ def prompt_columns(names: Sequence[str]) -> str | None:
 
 
 def tokenize_prompts(
-    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    distinct: bool = False,
 ) -> tuple[list[Prompt], PromptReport]:
-    """Distinct prompts as token ids, in the order of the rows; messages end where the assistant's answer begins.
+    """Prompts as token ids, in the order of the rows; messages end where the assistant's answer begins.
 
-    max_length: of a prompt, tokens; longer ones are dropped and counted, as are those without a token and repeats.
+    max_length: of a prompt, tokens; longer ones are dropped and counted, as are those without a token.
+    distinct: repeated rows are too.
     """
     prompts: list[Prompt] = []
     report, seen = PromptReport(), set()
@@ -67,7 +72,7 @@ def tokenize_prompts(
             reason = "no token"
         elif max_length is not None and len(ids) > max_length:
             reason = f"more than {max_length} tokens, which with a completion would exceed max_length"
-        elif key in seen:
+        elif distinct and key in seen:
             reason = "repeated"
         else:
             seen.add(key)

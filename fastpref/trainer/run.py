@@ -63,6 +63,7 @@ class Run:
     optimizer: Any
     scheduler: Any
     resumed: Path | None  # the checkpoint to go on from
+    per_step: int  # items of an optimizer step, over all processes and accumulated batches
 
     @property
     def folder(self) -> Path:
@@ -72,11 +73,6 @@ class Run:
     def bare_model(self) -> Any:
         """Without DDP, whose forward every process must call equally often."""
         return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def per_step(self) -> int:
-        """Items of an optimizer step, over all processes and accumulated batches."""
-        return self.options.items_per_step(self.accelerator.num_processes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -131,7 +127,8 @@ def open_run(
         updates: optimizer updates a step, which the schedule counts.
         ddp: False: no DDP and no FSDP2; the recipe adds up the gradients of several processes itself.
     Raises:
-        ValueError: the items do not fill a step; what `start` and `where_to_start` refuse.
+        ValueError: the items do not fill a step of several processes or of an online recipe; what `start` and
+            `where_to_start` refuse.
     """
     o = options
     accelerator = start(o)
@@ -146,6 +143,8 @@ def open_run(
         tokenizer = from_pretrained(AutoTokenizer, name, o.recipe)
         items, held_out = load(o, tokenizer, say)
     per_step = o.items_per_step(accelerator.num_processes)
+    if ddp and accelerator.num_processes == 1:  # which alone can take any number of them
+        per_step = min(per_step, len(items))
     if len(items) < per_step:
         raise ValueError(
             f"{o.recipe}: {len(items)} training {unit} do not fill one optimizer step of {per_step} {unit}"
@@ -164,7 +163,7 @@ def open_run(
     total = updates * steps_of(o, len(items) // per_step)
     warmup = math.ceil(o.warmup_steps * total) if o.warmup_steps < 1 else int(o.warmup_steps)
     scheduler = get_scheduler(o.lr_scheduler_type, optimizer, warmup, total)
-    run = Run(o, unit, accelerator, tokenizer, items, held_out, model, optimizer, scheduler, resumed)
+    run = Run(o, unit, accelerator, tokenizer, items, held_out, model, optimizer, scheduler, resumed, per_step)
     say(report.heading(name, model, accelerator.device, o.output_dir))
     say(f"run       {run.steps} steps of {per_step} {unit}; {len(items)} to train on, {len(held_out)} held out")
     return run
