@@ -57,7 +57,7 @@ def step(contender: str, model: str, optim: str, folder: Path) -> Row:
     class ToTheEnd(grpo.GRPOOptions):
         """GRPO whose completions have their full length, as PPO's have with stop_token none."""
 
-        def stop_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        def stop_ids(self, tokenizer: Any, model: Any) -> tuple[int, ...]:
             return ()
 
     prompts = folder / "prompts.jsonl"

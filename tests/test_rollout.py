@@ -1,6 +1,7 @@
 """Sampling: from the right distribution, the same whatever the batch, and nothing of the model's own settings."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from fastpref.trainer.rollout import Sampling, complete, seed_of
+from fastpref.trainer.rollout import Sampling, complete, seed_of, stop_ids_of
+from fastpref.trainer.start import padding_id
 from tests._online import WORDS, make_tiny
 
 EOS, PAD = 1, 2
@@ -83,6 +85,16 @@ def test_a_stop_token_ends_a_completion_and_stays(model):
     for ids, stopped in drawn:
         assert (ids[-1] in (EOS, 5)) == stopped and not {EOS, 5} & set(ids[:-1])
         assert stopped or len(ids) == 6
+
+
+@pytest.mark.parametrize(
+    ("eos", "named", "stop"),
+    [(1, None, (1,)), (1, [7, 1], (1, 7)), (1, 7, (1, 7)), (None, 7, (7,)), (None, None, ())],
+)
+def test_completions_stop_where_tokenizer_or_model_end_them(eos, named, stop):
+    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=None)
+    assert stop_ids_of(tokenizer, SimpleNamespace(generation_config=GenerationConfig(eos_token_id=named))) == stop
+    assert padding_id(tokenizer) == (eos or 0)
 
 
 def test_the_models_own_settings_are_left_aside_and_kept(model):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from functools import partial
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
+
+from transformers import GenerationConfig
 
 from fastpref.losses.surrogates import POLICY_LOSSES
 from fastpref.trainer import forward, grpo
@@ -116,6 +119,16 @@ def test_groups_without_a_difference_cost_no_backward_in_the_head(tiny, tmp_path
     none = passes_of_a_step(tiny, tmp_path, 0.0)
     # the base's own GEMMs are the same in both
     assert none - half == pytest.approx(0.5, abs=0.02)
+
+
+def test_completions_end_with_any_token_that_the_model_names(tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    GenerationConfig(eos_token_id=[1, *range(3, 32)]).save_pretrained(tmp_path / "model")
+    given = {"model_name_or_path": tmp_path / "model", "per_device_train_batch_size": 16, "max_steps": 1}
+    train(options(tiny, tmp_path / "run", test_split_size=0, logging_steps=1, **given))
+    (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert line["completions/mean_length"] < 2
+    assert line["completions/clipped_ratio"] == 0
 
 
 def test_masked_truncated_completions_have_no_loss(tiny, tmp_path):

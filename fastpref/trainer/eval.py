@@ -37,7 +37,7 @@ from fastpref.trainer.packing import enable_packing, pack, packs, through_rows
 from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.prompts import Prompt, prompt_columns, tokenize_prompts
 from fastpref.trainer.rewards import Rewards
-from fastpref.trainer.rollout import Sample, Sampling, batches, drawn
+from fastpref.trainer.rollout import Sample, Sampling, batches, drawn, stop_ids_of
 from fastpref.trainer.start import padding_id
 
 
@@ -201,7 +201,7 @@ class Both:
         how = Sampling(
             max_new_tokens=o.max_completion_length,
             temperature=o.temperature,
-            stop_ids=(tokenizer.eos_token_id,),
+            stop_ids=stop_ids_of(tokenizer, self._policy),  # for both alike
             pad_id=padding_id(tokenizer),
             batch_size=o.per_device_eval_batch_size,
         )

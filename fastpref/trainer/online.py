@@ -24,7 +24,16 @@ from fastpref.trainer.packing import packs
 from fastpref.trainer.prompts import Prompt, load_prompts
 from fastpref.trainer.rewards import Rewards, text_of
 from fastpref.trainer.roles import Roles, is_adapter_of
-from fastpref.trainer.rollout import Sample, Sampling, batches, check_sampling, drawn, score_tokens, seed_of
+from fastpref.trainer.rollout import (
+    Sample,
+    Sampling,
+    batches,
+    check_sampling,
+    drawn,
+    score_tokens,
+    seed_of,
+    stop_ids_of,
+)
 from fastpref.trainer.run import Metrics, Run, State, Update, open_run, take
 from fastpref.trainer.start import causal_lm, padding_id
 
@@ -88,9 +97,9 @@ class OnlineOptions(CausalOptions):
         """A reward model's folder or hub name."""
         return None
 
-    def stop_ids(self, tokenizer: Any) -> tuple[int, ...]:
+    def stop_ids(self, tokenizer: Any, model: Any) -> tuple[int, ...]:
         """The tokens that end a completion."""
-        return (tokenizer.eos_token_id,)
+        return stop_ids_of(tokenizer, model)
 
 
 def open_online(options: OnlineOptions) -> tuple[Run, Rewards]:
@@ -151,7 +160,8 @@ def sequences_of(samples: Sequence[Sample]) -> list[PromptAndCompletion]:
 def sampling(run: Run) -> Sampling:
     o, tokenizer = run.options, run.tokenizer
     own: dict[str, Any] = {"top_p": o.top_p, "top_k": o.top_k, "min_p": o.min_p}
-    return Sampling(o.new_tokens, o.temperature, o.stop_ids(tokenizer), padding_id(tokenizer), o.rollout_batch, **own)
+    stop = o.stop_ids(tokenizer, run.bare_model.actor)
+    return Sampling(o.new_tokens, o.temperature, stop, padding_id(tokenizer), o.rollout_batch, **own)
 
 
 def draw(

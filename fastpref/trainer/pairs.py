@@ -28,7 +28,7 @@ from fastpref.trainer.demo import demo_model
 from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.prompts import Prompt, prompt_columns, tokenize_prompts
 from fastpref.trainer.rewards import Rewards, completion_of
-from fastpref.trainer.rollout import Sample, Sampling, check_sampling, drawn
+from fastpref.trainer.rollout import Sample, Sampling, check_sampling, drawn, stop_ids_of
 from fastpref.trainer.start import padding_id
 
 
@@ -107,7 +107,7 @@ def make(options: PairsOptions) -> Made:
     sources = [*([o.reward_model_path] if o.reward_model_path else []), *(o.reward_funcs or [])]
     rewards = Rewards(sources, o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size)
     pad = padding_id(tokenizer)
-    stop = (tokenizer.eos_token_id,)
+    stop = stop_ids_of(tokenizer, model)
     kept: dict[str, Any] = {"top_p": o.top_p, "top_k": o.top_k, "min_p": o.min_p}
     how = Sampling(o.max_completion_length, o.temperature, stop, pad, o.per_device_eval_batch_size, **kept)
 

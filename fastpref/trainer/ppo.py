@@ -140,10 +140,10 @@ class PPOOptions(OnlineOptions):
     def reward_model(self) -> str | None:
         return self.reward_model_path
 
-    def stop_ids(self, tokenizer: Any) -> tuple[int, ...]:
+    def stop_ids(self, tokenizer: Any, model: Any) -> tuple[int, ...]:
         if self.stop_token_id is not None:
             return (self.stop_token_id,)
-        return (tokenizer.eos_token_id,) if self.stop_token else ()
+        return super().stop_ids(tokenizer, model) if self.stop_token else ()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -78,6 +78,16 @@ def check_sampling(recipe: str, temperature: float, top_p: float, top_k: int, mi
         raise ValueError(f"{recipe}: top_k must be 0, which is all tokens, or more; got {top_k}")
 
 
+def stop_ids_of(tokenizer: Any, model: Any) -> tuple[int, ...]:
+    """The tokens that end a completion: EOS of the tokenizer, and all that the model's generation_config names.
+
+    A chat model's answers may end with another than EOS, as Gemma's with <end_of_turn>.
+    """
+    named = model.generation_config.eos_token_id
+    every = [tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])]
+    return tuple(dict.fromkeys(token for token in every if token is not None))
+
+
 class _DrawnToken(LogitsProcessor):
     """Leaves one token to `generate`: the one that the row's next uniform number falls on."""
 

@@ -173,8 +173,8 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The pad token, else EOS: what pads is never read."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """The pad token, else EOS, else 0: what pads is never read."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def keep_products() -> Any:
