@@ -14,7 +14,7 @@ import peft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.trainer import cli
-from fastpref.trainer.eval import EvalOptions, Figure, best_of, evaluate, table, win_rates
+from fastpref.trainer.eval import EvalOptions, Figure, best_of, evaluate, load, table, win_rates, write
 from tests._trainer import make_tiny
 
 
@@ -154,6 +154,32 @@ def test_command_writes_json(tuned, tmp_path, capsys):
     assert f"{written['policy']['loss']['mean']:.4f} ± {written['policy']['loss']['error']:.4f}" in shown
     assert cli.main(["eval", *words[:4]]) == 1
     assert "eval: dataset must be given; got none" in capsys.readouterr().err
+
+
+def test_a_figure_without_an_error_is_null_in_json(tuned, tmp_path):
+    given = options(tuned, max_samples=1, max_prompts=0)
+    write(tmp_path / "eval.json", given, evaluate(given))
+    written = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert written["policy"]["loss"]["error"] is None
+    assert written["policy"]["loss"]["n"] == 1 and written["policy"]["loss"]["mean"] > 0
+
+
+def test_a_malformed_row_is_named_by_file_and_line(tuned, tmp_path):
+    good = '{"prompt": "a film is", "chosen": " good", "rejected": " bad"}\n'
+    file, tokenizer = tmp_path / "pairs.jsonl", AutoTokenizer.from_pretrained(tuned / "model")
+    file.write_text(good + "\n" + good.replace('" good"', "3"))
+    with pytest.raises(ValueError, match=rf"^tokenize_pairs: {file}, line 3: chosen must be a text"):
+        load(options(tuned, dataset_name=str(file)), tokenizer)
+    file.write_text('{"prompt": "a film is"}\n\n{"prompt": 3}\n')
+    with pytest.raises(ValueError, match=rf"^tokenize_prompts: {file}, line 3: prompt must be a text"):
+        load(options(tuned, dataset_name=str(file)), tokenizer)
+
+
+def test_prompts_without_room_are_refused(tuned):
+    tokenizer = AutoTokenizer.from_pretrained(tuned / "model")
+    with pytest.raises(ValueError, match=r"^eval: max_length must leave room for a prompt beside 6 new tokens; got 6$"):
+        load(options(tuned, max_length=6), tokenizer)
+    assert load(options(tuned, max_length=6, max_prompts=0), tokenizer)[1] == []
 
 
 @pytest.mark.parametrize(

@@ -90,4 +90,11 @@ def test_refuses(tiny, tmp_path):
         make(options(tiny, tmp_path / "x", model_name_or_path="/nowhere"))
     with pytest.raises(ValueError, match=r"^RewardModel: no model to be had from '/nowhere' \(no such folder\)"):
         make(options(tiny, tmp_path / "x", reward_funcs=["/nowhere"]))
+    with pytest.raises(
+        ValueError, match=r"^pairs: max_length must leave room for a prompt beside 4 new tokens; got 4$"
+    ):
+        make(options(tiny, tmp_path / "x", max_length=4))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a b"}\n{"prompt": null}\n')
+    with pytest.raises(ValueError, match=r"^tokenize_prompts: .*bad.jsonl, line 2: prompt must be a text or a list"):
+        make(options(tiny, tmp_path / "x", dataset_name=str(tmp_path / "bad.jsonl")))
     assert not (tmp_path / "x").exists()

@@ -31,11 +31,11 @@ from fastpref import dpo_loss, fused_lm_head, linear_logps
 from fastpref.trainer.collate import IGNORE_INDEX, PromptAndCompletion, collate
 from fastpref.trainer.config import given_options, option, settle
 from fastpref.trainer.data import Pair, pair_columns, sequences_of, tokenize_pairs
-from fastpref.trainer.data_files import load_rows, split_to_judge
+from fastpref.trainer.data_files import Rows, load_rows, place_of, split_to_judge
 from fastpref.trainer.encode import scored
 from fastpref.trainer.packing import enable_packing, pack, packs, through_rows
 from fastpref.trainer.pretrained import from_pretrained
-from fastpref.trainer.prompts import Prompt, prompt_columns, tokenize_prompts
+from fastpref.trainer.prompts import Prompt, prompt_columns, room_for_prompt, tokenize_prompts
 from fastpref.trainer.rewards import Rewards
 from fastpref.trainer.rollout import Sample, Sampling, batches, drawn, stop_ids_of
 from fastpref.trainer.start import padding_id
@@ -151,16 +151,18 @@ def load(o: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Pair]
     split = o.dataset_test_split or split_to_judge(o.dataset_name, o.dataset_config)
     print(f"dataset   {o.dataset_name}, split {split}", flush=True)
     every = load_rows(o.dataset_name, columns=columns, split=split, config=o.dataset_config)
-    rows = [row for _, row in zip(range(o.max_samples or len(every)), every, strict=False)]
+    first = zip(range(o.max_samples or len(every)), every, strict=False)
+    rows = Rows((place_of(every, i), row) for i, row in first)
     pairs: list[Pair] = []
     prompts: list[Prompt] = []
     if pair_columns(list(rows[0])) is None:
         pairs, told = tokenize_pairs(rows, tokenizer, max_length=o.max_length)
         print(f"pairs     {told}", flush=True)
     if o.max_prompts and prompt_columns(list(rows[0])) is None:
-        room = None if o.max_length is None else o.max_length - o.max_completion_length
-        only = [{key: value for key, value in row.items() if key not in ("chosen", "rejected")} for row in rows]
-        prompts, asked = tokenize_prompts(only, tokenizer, max_length=room, distinct=True)
+        room = room_for_prompt("eval", o.max_length, o.max_completion_length)
+        only = ({key: value for key, value in row.items() if key not in ("chosen", "rejected")} for row in rows)
+        rows = Rows(zip(rows.places, only, strict=True))
+        prompts, asked = tokenize_prompts(rows, tokenizer, max_length=room, distinct=True)
         print(f"prompts   {asked}", flush=True)
     return pairs, prompts[: o.max_prompts]
 
@@ -336,8 +338,12 @@ def table(found: Mapping[str, Figures]) -> str:
 
 
 def write(path: Path, options: EvalOptions, found: Mapping[str, Figures]) -> None:
-    """The figures and the options as JSON."""
-    figures = {side: {key: vars(figure) for key, figure in of.items()} for side, of in found.items()}
+    """The figures and the options as JSON, which has no NaN: null where there is no figure."""
+
+    def sound(figure: Figure) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in vars(figure).items()}
+
+    figures = {side: {key: sound(figure) for key, figure in of.items()} for side, of in found.items()}
     given = {field.name: getattr(options, field.name) for field in fields(options)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**figures, "options": given}, indent=1) + "\n")

@@ -26,7 +26,7 @@ from fastpref.trainer.config import given_options, option, settle
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.demo import demo_model
 from fastpref.trainer.pretrained import from_pretrained
-from fastpref.trainer.prompts import Prompt, prompt_columns, tokenize_prompts
+from fastpref.trainer.prompts import Prompt, prompt_columns, room_for_prompt, tokenize_prompts
 from fastpref.trainer.rewards import Rewards, completion_of
 from fastpref.trainer.rollout import Sample, Sampling, check_sampling, drawn, stop_ids_of
 from fastpref.trainer.start import padding_id
@@ -143,9 +143,9 @@ def make(options: PairsOptions) -> Made:
 def load(o: PairsOptions, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The prompts that leave room for a completion."""
     assert o.dataset_name is not None
+    room = room_for_prompt("pairs", o.max_length, o.max_completion_length)
     split, config = o.dataset_train_split, o.dataset_config
     rows = load_rows(o.dataset_name, columns=prompt_columns, split=split, config=config)
-    room = None if o.max_length is None else o.max_length - o.max_completion_length
     prompts, told = tokenize_prompts(rows, tokenizer, max_length=room)
     PartialState().print(f"prompts   {told}", flush=True)
     return prompts[: o.max_prompts]

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fastpref.trainer.data_files import place_of
 from fastpref.trainer.demo import demo_pairs
 from fastpref.trainer.encode import encode_chat, encode_text, kind_of, template_options
 from fastpref.trainer.options import TrainOptions
@@ -61,7 +62,7 @@ def tokenize_prompts(
     report, seen = PromptReport(), set()
     for index, row in enumerate(rows):
         report.rows += 1
-        prompt, where = row["prompt"], f"tokenize_prompts: row {index}"
+        prompt, where = row["prompt"], f"tokenize_prompts: {place_of(rows, index)}"
         if kind_of("prompt", prompt, where) == "text":
             ids = encode_text(prompt, tokenizer)
         else:
@@ -86,16 +87,21 @@ def tokenize_prompts(
     return prompts, report
 
 
+def room_for_prompt(recipe: str, max_length: int | None, new_tokens: int) -> int | None:
+    """Tokens of the longest prompt beside `new_tokens` within max_length; None: no limit. No room is a ValueError."""
+    room = None if max_length is None else max_length - new_tokens
+    if room is not None and room < 1:
+        raise ValueError(
+            f"{recipe}: max_length must leave room for a prompt beside {new_tokens} new tokens; got {max_length}"
+        )
+    return room
+
+
 def load_prompts(
     options: TrainOptions, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None], *, new_tokens: int
 ) -> tuple[list[Prompt], list[Prompt]]:
     """(prompts to train on, held-out prompts) that leave room for `new_tokens` within max_length."""
-    room = None if options.max_length is None else options.max_length - new_tokens
-    if room is not None and room < 1:
-        raise ValueError(
-            f"{options.recipe}: max_length must leave room for a prompt beside {new_tokens} new tokens; "
-            f"got {options.max_length}"
-        )
+    room = room_for_prompt(options.recipe, options.max_length, new_tokens)
     return load_items(
         options,
         say,
