@@ -1,6 +1,7 @@
 """Log-probabilities of a reference kept on disk: which model and tokens they are of, and that they are used."""
 
 import copy
+import resource
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fastpref import __version__
 from fastpref.trainer import dpo
 from fastpref.trainer.metrics import read_metrics
 from fastpref.trainer.reference import LogpsCache, cache_folder, fingerprint
-from tests._trainer import make_tiny
+from tests._trainer import make_tiny, run_processes
 from tests.test_fused_lm_head import tiny
 
 SEQUENCES = [([1, 2], [3]), ([1], [2, 3]), ([], [1, 2, 3]), ([1, 2], [3, 4])]
@@ -73,6 +74,34 @@ def test_damaged_file_is_said_and_written_anew(tmp_path, capsys, damage):
     assert cache.get(SEQUENCES).isnan().all()
     cache.put(SEQUENCES, LOGPS)
     assert LogpsCache(tmp_path, "model", "no").get(SEQUENCES).equal(LOGPS)
+
+
+def test_a_full_disk_is_said_and_what_was_kept_stays(tmp_path, capsys):
+    """A limit on the size of a file stands for the disk."""
+    LogpsCache(tmp_path, "model", "no").put(SEQUENCES[:1], LOGPS[:1])
+    cache = LogpsCache(tmp_path, "model", "no")
+    more = [([i], [i]) for i in range(2000)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        cache.put(more, torch.arange(2000.0, dtype=torch.float64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "fastpref: reference log-probabilities cannot be kept in " in capsys.readouterr().err
+    assert cache.get(more[-1:]).tolist() == [1999.0]
+    assert LogpsCache(tmp_path, "model", "no").get(SEQUENCES[:2])[0] == LOGPS[0]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_run_whose_cache_cannot_be_written_goes_on_in_every_process(tmp_path, capfd):
+    make_tiny(tmp_path)
+    (tmp_path / "kept").write_text("a file where a folder is wanted")  # permissions would not stop root
+    sources = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": str(tmp_path / "pairs.jsonl")}
+    small = {"max_steps": 1, "per_device_train_batch_size": 4, "test_split_size": 8, "logging_steps": 1}
+    kept = {"cache_ref_log_probs": str(tmp_path / "kept"), "output_dir": str(tmp_path / "run")}
+    run_processes(dpo.DPOOptions(**small, **sources, **kept), 2)
+    assert "cannot be kept in " in capfd.readouterr().err
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"] == 1
 
 
 def test_cache_folder_is_where_the_environment_says(monkeypatch):

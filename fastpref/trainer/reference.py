@@ -109,25 +109,38 @@ class LogpsCache:
         return torch.tensor([self._known.get(_digest(one), np.nan) for one in sequences], dtype=torch.float64)
 
     def put(self, sequences: Sequence[PromptAndCompletion], logps: Tensor) -> None:
-        """Adds (S,) values, those that another run wrote meanwhile kept."""
+        """Adds (S,) values, those that another run wrote meanwhile kept. Where the disk takes none, that is said."""
         if not sequences:
             return
+        self._known.update(zip(map(_digest, sequences), logps.tolist(), strict=True))
+        try:
+            self._write()
+        except OSError as error:  # the run has its values, and only a later one would save by them
+            print(
+                f"fastpref: reference log-probabilities cannot be kept in {self.path}: {error}. The run goes on; "
+                "--cache_ref_log_probs names another folder",
+                file=sys.stderr,
+            )
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"):
-            found = zip(map(_digest, sequences), logps.tolist(), strict=True)
-            self._known = {**self._read(), **self._known, **dict(found)}
+            self._known = {**self._read(), **self._known}
             digests = np.frombuffer(b"".join(self._known), np.uint8).reshape(-1, DIGEST)
             aside = self.path.with_suffix(".partial")
-            with aside.open("wb") as file:
-                np.savez(file, digests=digests, logps=np.array([*self._known.values()], np.float64))
-            os.replace(aside, self.path)
+            try:
+                with aside.open("wb") as file:
+                    np.savez(file, digests=digests, logps=np.array([*self._known.values()], np.float64))
+                os.replace(aside, self.path)
+            finally:
+                aside.unlink(missing_ok=True)
 
     def _read(self) -> dict[bytes, float]:
-        if not self.path.exists():
-            return {}
         try:
             with np.load(self.path) as file:
                 digests, logps = file["digests"], file["logps"]
+        except FileNotFoundError:
+            return {}
         # a file cut short by a full disk or a bad copy is worth no more than its recomputation
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             print(f"fastpref: reference log-probabilities in {self.path} cannot be read: {error}", file=sys.stderr)
