@@ -1,6 +1,7 @@
 """Rewards of completions: functions written for TRL run as they are, what they return is checked, models read text."""
 
 import asyncio
+import inspect
 import re
 
 import numpy as np
@@ -83,6 +84,8 @@ def test_what_a_function_gets(tokenizer):
     rewards_of([see], tokenizer, CHATS)
     state = seen.pop("trainer_state")
     assert state.global_step == 7
+    assert {*inspect.signature(seen.pop("log_metric")).parameters} == {"name", "value"}
+    assert {*inspect.signature(seen.pop("log_extra")).parameters} == {"column", "values"}
     assert seen == {
         "prompts": [[{"role": "user", "content": "a b"}], [{"role": "user", "content": "d b a"}]],
         "completions": [[{"role": "assistant", "content": "c"}], [{"role": "assistant", "content": ""}]],
@@ -93,7 +96,7 @@ def test_what_a_function_gets(tokenizer):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_column_that_one_row_lacks_is_none_there(tokenizer, turned):
-    def see(completions, answer, level, trainer_state, **given):
+    def see(completions, answer, level, trainer_state, log_metric, log_extra, **given):
         seen.update(answer=answer, level=level, more=given.keys() - {"prompts", "completion_ids"})
         return [0, 0]
 
@@ -101,7 +104,16 @@ def test_a_column_that_one_row_lacks_is_none_there(tokenizer, turned):
     prompts = [Prompt("a b", [3], {"answer": "c"}), Prompt("d", [3], {"answer": "e", "level": 2})]
     rewards_of([see], tokenizer, prompts[::-1] if turned else prompts)
     rows = [("c", None), ("e", 2)][:: -1 if turned else 1]
-    assert seen == {"answer": [row[0] for row in rows], "level": [row[1] for row in rows], "more": set()}
+    assert seen == {
+        "answer": [row[0] for row in rows],
+        "level": [row[1] for row in rows],
+        "more": {"log_metric", "log_extra"},
+    }
+
+
+def test_functions_of_one_name_are_numbered(tokenizer):
+    rewards = Rewards([lambda **_: [1.0], lambda **_: [2.0], lambda **_: [3.0]], None, tokenizer, CPU, 4)
+    assert rewards.names == ["<lambda>", "<lambda>_2", "<lambda>_3"]
 
 
 def test_an_async_function_runs_beside_a_loop_that_runs(tokenizer):

@@ -149,6 +149,20 @@ def same(completions, **_):
     return [1.0] * len(completions)
 
 
+def logs(completions, log_metric, log_extra, trainer_state, **_):
+    log_extra("length", [len(text) for text in completions])
+    for value in (1.0, 2.0):
+        log_metric("mine", value + trainer_state.global_step)
+    return [float(len(text)) for text in completions]
+
+
+def test_what_rewards_log_is_in_the_metrics(tiny, tmp_path):
+    given = {"per_device_train_batch_size": 16, "max_steps": 2, "logging_steps": 2, "test_split_size": 4}
+    train(options(tiny, tmp_path, reward_funcs=[logs], **given))
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "metrics.jsonl") if "mine" in line}
+    assert {step: line["mine"] for step, line in lines.items()} == {2: 2.0}
+
+
 @pytest.mark.parametrize("reward", [silent, same])
 def test_where_no_completion_is_better_than_another_the_model_stays(tiny, tmp_path, reward):
     """One prompt, one group, no difference and with `silent` no reward at all."""

@@ -169,7 +169,7 @@ def train(options: GRPOOptions) -> Outcome:
         done = several_updates(run, step, batch)
         rollouts(step, samples)
         tokens = sum(sample.n_tokens for sample in samples)
-        done = done._replace(sums=merged(done.sums, sums))
+        done = done._replace(sums=merged(done.sums, {**rewards.logged, **sums}))
         after_step(run, state, log, step, done, held_out, tokens=tokens)
     return finish(run, state, log, title=options.loss_name, sample=sample)
 

@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from fastpref.trainer.batches import my_batches
 from fastpref.trainer.collate import IGNORE_INDEX, PromptAndCompletion
 from fastpref.trainer.config import option
 from fastpref.trainer.forward import through_head
-from fastpref.trainer.metrics import Tally, read_metrics
+from fastpref.trainer.metrics import Tally, merged, read_metrics
 from fastpref.trainer.options import CausalOptions
 from fastpref.trainer.packing import packs
 from fastpref.trainer.prompts import Prompt, load_prompts
@@ -188,6 +188,7 @@ def draw(
         samples = drawn(run.bare_model.actor, prompts, mine, how, run.options.seed, step)
     score_tokens(samples, how.batch_size, facts, keep_order=packs(run.bare_model))
     rewards([prompts[i] for i, _ in mine], samples)
+    rewards.logged = reduce(merged, gather_object([rewards.logged]))
     found = dict(zip(gather_object(mine), gather_object(samples), strict=True))
     return [found[one] for one in wanted]
 

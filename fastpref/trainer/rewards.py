@@ -3,11 +3,13 @@
 A source is the folder or hub name of a reward model (a sequence classifier with one label), `module:function`, or a
 function. Functions have the signature of TRL's reward functions, and may be async:
 
-    f(prompts, completions, completion_ids, trainer_state, **other columns) -> a number, or None, for each completion
+    f(prompts, completions, completion_ids, trainer_state, log_metric, log_extra, **other columns)
+        -> a number, or None, for each completion
 
 prompts and completions are texts, or lists of messages where the dataset has messages. None: it cannot tell. A column
 that only some of the rows have is None for the others.
 trainer_state is transformers' TrainerState, of which global_step, the steps done, and max_steps are kept up.
+log_metric(name, value) adds to a mean in the step's metrics; log_extra(column, values) is taken and not kept.
 """
 
 import asyncio
@@ -18,6 +20,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from fastpref.trainer.collate import collate
 from fastpref.trainer.config import name_of
+from fastpref.trainer.metrics import Sums, merged
 from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.prompts import Prompt
 from fastpref.trainer.rollout import Sample, batches
@@ -39,6 +43,8 @@ OURS = (
     "completions",
     "completion_ids",
     "trainer_state",
+    "log_metric",
+    "log_extra",
 )  # columns of these names a function does not get
 Source = Callable[[Sequence[Prompt], Sequence[Sample]], list[float]]
 
@@ -69,12 +75,12 @@ class Rewards:
             raise ValueError(f"Rewards: reward_weights must be {len(sources)}, one a source; got {len(weights)}")
         self.weights = torch.tensor([1.0] * len(sources) if weights is None else list(weights))
         self.trainer_state = TrainerState()
+        self.logged: Sums = {}  # what functions said by log_metric, on this process or gathered by who asked for them
         self._sources: dict[str, Source] = {}
         for source in sources:
             name, function = self._named(source, tokenizer, device, batch_size)
-            if name in self._sources:
-                raise ValueError(f"Rewards: sources must differ in name; got {name} twice")
-            self._sources[name] = function
+            names = chain([name], (f"{name}_{i}" for i in count(2)))  # two lambdas have one
+            self._sources[next(one for one in names if one not in self._sources)] = function
 
     @property
     def names(self) -> list[str]:
@@ -82,6 +88,7 @@ class Rewards:
 
     def __call__(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> None:
         """Keeps what each source says in the samples' `rewards`; prompts[i] is that of samples[i]."""
+        self.logged = {}
         found = [source(prompts, samples) for source in self._sources.values()] if samples else []
         for name, rewards in zip(self._sources, found, strict=False):
             if len(rewards) != len(samples):
@@ -99,6 +106,13 @@ class Rewards:
         each = torch.tensor([sample.rewards for sample in samples])
         return torch.where(each.isnan().all(1), torch.nan, (each * self.weights).nansum(1))
 
+    def _log_metric(self, name: str, value: float) -> None:
+        self.logged = merged(self.logged, {name: [float(value), 1.0]})
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        return {"trainer_state": self.trainer_state, "log_metric": self._log_metric, "log_extra": _not_kept}
+
     def _named(
         self, source: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int
     ) -> tuple[str, Source]:
@@ -106,7 +120,7 @@ class Rewards:
             return source
         if callable(source):
             name = name_of(source)
-            return name, partial(_of_function, name, source, tokenizer, self.trainer_state)
+            return name, partial(_of_function, name, source, tokenizer, self._given)
         if ":" in source:
             module, _, name = source.partition(":")
             if "" not in sys.path:
@@ -114,7 +128,7 @@ class Rewards:
             function = getattr(importlib.import_module(module), name, None)
             if not callable(function):
                 raise ValueError(f"Rewards: {source} must name a function as module:function; {module} has no {name}")
-            return name, partial(_of_function, name, function, tokenizer, self.trainer_state)
+            return name, partial(_of_function, name, function, tokenizer, self._given)
         return str(source).rstrip("/").rpartition("/")[2], RewardModel(source, tokenizer, device, batch_size)
 
 
@@ -122,7 +136,7 @@ def _of_function(
     name: str,
     function: Callable[..., Any],
     tokenizer: PreTrainedTokenizerBase,
-    trainer_state: TrainerState,
+    given: dict[str, Any],
     prompts: Sequence[Prompt],
     samples: Sequence[Sample],
 ) -> list[float]:
@@ -133,7 +147,7 @@ def _of_function(
         prompts=[prompt.prompt for prompt in prompts],
         completions=completions,
         completion_ids=[sample.ids for sample in samples],
-        trainer_state=trainer_state,
+        **given,
         **columns,
     )
     if inspect.isawaitable(found):
@@ -145,6 +159,10 @@ def _of_function(
         raise TypeError(
             f"Rewards: {name} must return {len(samples)} rewards, each a number or None; got {found!r:.100}"
         ) from error
+
+
+def _not_kept(column: str, values: Sequence[Any]) -> None:
+    """TRL's log_extra, whose table of completions there is not."""
 
 
 async def _result(awaitable: Awaitable[Any]) -> Any:
