@@ -413,6 +413,7 @@ def test_examples_of_every_format(tokenizer):
         {"prompt": CHAT["prompt"], "completion": CHAT["chosen"]},
         {"messages": TALK},
         {"text": "Is the film good? Yes, it is good."},
+        {"prompt": "Is the film good?", "messages": TALK},
     ]
     examples, report = tokenize_examples(rows, tokenizer)
     pair, chat = tokenize_pairs([ROW, CHAT], tokenizer)[0]
@@ -420,7 +421,8 @@ def test_examples_of_every_format(tokenizer):
     assert examples[1] == Example(chat.prompt_ids, chat.chosen_ids)
     assert examples[2] == Example([], chat.prompt_ids + chat.chosen_ids)  # everything is learned
     assert examples[3] == Example([], pair.prompt_ids + pair.chosen_ids)  # ends with EOS too
-    assert (report.rows, report.kept, report.dropped) == (4, 4, {})
+    assert examples[4] == examples[2]
+    assert (report.rows, report.kept, report.dropped) == (5, 5, {})
     named, _ = tokenize_examples([{"body": "Yes"}], tokenizer, text_field="body")
     assert tokenizer.decode(named[0].completion_ids) == "Yes</s>"
 

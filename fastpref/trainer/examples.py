@@ -127,7 +127,9 @@ def tokenize_examples(
         where = f"{fn}: {place_of(rows, index)}"
         if not isinstance(row, Mapping):
             raise ValueError(f"{where} must be a mapping; got {type(row).__name__}")
-        if row.get("prompt") is not None or row.get("completion") is not None:
+        # a prompt beside whole conversations is a copy of their opening, as in ultrachat_200k
+        alone = row.get("messages") is None and row.get(text_field) is None
+        if row.get("completion") is not None or (row.get("prompt") is not None and alone):
             prompt, completion = _prompt_and_completion(row, where)
             if not assistant_only_loss:
                 kept.add(index, prompt, completion, tokenizer, row, where)
