@@ -331,10 +331,18 @@ def test_a_mixture_of_experts_trains_its_router_too(tiny, tmp_path):
 
 def test_mixed_precision_checkpointed_activations_and_a_tracker(tiny, tmp_path):
     given = options(tiny, tmp_path, bf16=True, gradient_checkpointing=True, report_to="tensorboard")
-    run_processes(given)  # one of its own: accelerate keeps one precision for the life of a process
+    run_processes(given)
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["eval_loss"] < 0.6
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert weights(tmp_path / "model")["lm_head.weight"].dtype is torch.float32
+
+
+def test_runs_of_several_precisions_share_a_process(tiny, tmp_path):
+    losses = []
+    for name, given in {"a": {"bf16": True}, "b": {}, "c": {"bf16": True}, "d": {}}.items():
+        run = options(tiny, tmp_path / name, max_steps=1, per_device_train_batch_size=2, **given)
+        losses.append(train(run).after["eval_loss"])
+    assert losses[0] == losses[2] != losses[1] == losses[3]
 
 
 def test_weights_in_bfloat16(tiny, tmp_path):

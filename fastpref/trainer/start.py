@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -37,6 +38,8 @@ PRODUCTS = [
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 ]
+# whose settings a launcher hands to the first Accelerator
+PLUGGED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 Item = TypeVar("Item")
 Rows = Any  # of a file, or a hub dataset
 
@@ -51,18 +54,20 @@ def start(options: TrainOptions) -> Accelerator:
     o = options
     if o.report_to != "none" and find_spec(o.report_to) is None:
         raise ValueError(f"{o.recipe}: report_to {o.report_to} needs: pip install {o.report_to}")
-    # said outright: accelerate keeps the precision of an earlier run in this Python process unless told one
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     precision = "bf16" if o.bf16 else "fp16" if o.fp16 else launched
     tracker = None if o.report_to == "none" else o.report_to
+    earlier = AcceleratorState._shared_state
+    if earlier.get("distributed_type") not in PLUGGED and earlier.get("_mixed_precision", precision) != precision:
+        # an earlier run of this Python process; the processes themselves, which are PartialState's, stay
+        AcceleratorState._reset_state()
     keep_freed_memory()
     # a weight's 16-bit copy is used once a pass: kept until the pass ends, they would be half as much as the weights
     handlers = [AutocastKwargs(cache_enabled=False)]
     accelerator = Accelerator(
         mixed_precision=precision, log_with=tracker, project_dir=o.output_dir, kwargs_handlers=handlers
     )
-    others = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in others and not accelerator.is_fsdp2:
+    if accelerator.distributed_type in PLUGGED and not accelerator.is_fsdp2:
         raise ValueError(
             f"{o.recipe}: the recipes run in one process, under DDP or under FSDP2 (accelerate launch --use_fsdp "
             f"--fsdp_version 2); got {accelerator.distributed_type.value}"
