@@ -15,7 +15,7 @@ from fastpref import __version__
 from fastpref.trainer import dpo
 from fastpref.trainer.metrics import read_metrics
 from fastpref.trainer.reference import LogpsCache, cache_folder, fingerprint
-from tests._trainer import make_tiny, run_processes
+from tests._trainer import TWO_PROCESSES, make_tiny, run_command
 from tests.test_fused_lm_head import tiny
 
 SEQUENCES = [([1, 2], [3]), ([1], [2, 3]), ([], [1, 2, 3]), ([1, 2], [3, 4])]
@@ -93,14 +93,14 @@ def test_a_full_disk_is_said_and_what_was_kept_stays(tmp_path, capsys):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_run_whose_cache_cannot_be_written_goes_on_in_every_process(tmp_path, capfd):
+def test_a_run_whose_cache_cannot_be_written_goes_on_in_every_process(tmp_path):
     make_tiny(tmp_path)
     (tmp_path / "kept").write_text("a file where a folder is wanted")  # permissions would not stop root
     sources = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": str(tmp_path / "pairs.jsonl")}
     small = {"max_steps": 1, "per_device_train_batch_size": 4, "test_split_size": 8, "logging_steps": 1}
     kept = {"cache_ref_log_probs": str(tmp_path / "kept"), "output_dir": str(tmp_path / "run")}
-    run_processes(dpo.DPOOptions(**small, **sources, **kept), 2)
-    assert "cannot be kept in " in capfd.readouterr().err
+    shown = run_command(dpo.DPOOptions(**small, **sources, **kept), launcher=TWO_PROCESSES)
+    assert "cannot be kept in " in shown
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"] == 1
 
 
