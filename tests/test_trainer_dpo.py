@@ -498,7 +498,7 @@ def test_where_prompts_are_too_few_to_hold_out_whole_rows_are_drawn(prompts, cap
 
 def test_a_large_prompt_stays_where_smaller_ones_will_do():
     pairs = [Pair([max(i, 30)], [i], [99]) for i in range(60)]
-    for seed in range(5):
+    for seed in range(40):
         kept, held_out = split_by_prompt(pairs, 6, seed=seed)
         assert 6 <= len(held_out) <= 12
         assert not {p.prompt_ids[0] for p in kept} & {p.prompt_ids[0] for p in held_out}
