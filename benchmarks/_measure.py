@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastpref
 from fastpref import kernels
+from fastpref.kernels.memory import release
 
 # the profiler's own messages, two lines a call, would stand between the rows
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -96,6 +97,7 @@ def allocated(call: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    release()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         call()
     alive = peak = 0

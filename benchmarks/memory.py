@@ -2,7 +2,7 @@
 
 One pair, half prompt, a trained head. Fits: torch's allocations alive at once beyond the inputs, the gradients
 returned among them, stay within `--memory-gib`. By hand, T tokens a sequence: eager holds 2 T V logits in the inputs'
-dtype and two or three times in fp32, 14 bytes each; the fused head a workspace, 4 V H of accumulator and 6 N H. The
+dtype and two or three times in fp32, 14 bytes each; the fused head a workspace, 4 V H beside it and 6 N H. The
 length is found to an eighth, up to 8 H tokens or the first step slower than SLOW seconds: then it says "at least".
 """
 

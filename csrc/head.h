@@ -28,19 +28,20 @@ struct Scoring {
   const float* inv_temperature;  // (n,)
   const float* c0;               // (n,) or null: the stored chunk is F (c0 + c1 d)
   const float* c1;               // (n,) or null
-  double* sums;                  // (kSums, n) written; the label's entry is left out of all but kSumZ
+  double* sums;                  // (kSums, n) written, or added to; the label's entry is left out of all but kSumZ
   void* stored;                  // (V, stride) or null; bf16, or fp32 for fp32 inputs
   int64_t n, hidden_size, vocab_size, weight_stride, stride;
   float logit_scale, softcap;    // softcap 0: none
   int64_t weight_column = 1;
   bool weight_fp32 = false;      // of 16-bit hidden: the weight is rounded to its dtype as it is read
+  bool add = false;              // sums holds those of the vocabulary rows before these, which are whole blocks
 };
 
 struct Product {
   const void* stored;  // (V, stride), as `score` left it
   const void* dense;   // d_hidden: weight (V, H), rows dense_stride apart, columns dense_column. d_weight: (n, H)
                        // fp32 scaled hidden, contiguous
-  float* out;          // d_hidden: (n, H), written. d_weight: (V, H), added to if accumulate
+  float* out;          // d_hidden: (n, H); d_weight: (V, H); added to if accumulate
   int64_t n, hidden_size, vocab_size, dense_stride, stride;
   bool accumulate;
   int64_t dense_column = 1;

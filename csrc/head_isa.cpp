@@ -109,7 +109,7 @@ void score(const Scoring& s, int threads) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < n; ++t)
       for (int k = 0; k < kSums; ++k) {
-        double total = k == kMaxD ? -__builtin_inf() : 0.0;
+        double total = s.add ? s.sums[k * n + t] : k == kMaxD ? -__builtin_inf() : 0.0;
         for (int64_t block = 0; block < blocks; ++block) {
           const double x = partial.data[(block * kSums + k) * padded + t];
           total = k == kMaxD ? (x > total ? x : total) : total + x;
@@ -162,7 +162,7 @@ void d_hidden(const Product& g, int threads) {
         next_stored.ask();
         next_weight.ask();
         tile_into<Op>(steps, f.data + group * KB * MR, Op::GROUP_ROW, Op::GROUP_COL, w.data + panel * KB * NR,
-                      g.out + group * MR * H + panel * NR, H, n - group * MR, H - panel * NR, v > 0);
+                      g.out + group * MR * H + panel * NR, H, n - group * MR, H - panel * NR, g.accumulate || v > 0);
       }
 #pragma omp barrier
     }

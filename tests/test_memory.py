@@ -10,8 +10,11 @@ from fastpref import linear_logps
 from fastpref.kernels.memory import recycled
 from tests._oracle import assert_same_bits, head, upstream
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's memory")
-ROWS = 2**25 // 2 // 64  # of 64 bf16: 32 MiB
+ROWS = 2**23 // 2 // 64  # of 64 bf16: 8 MiB
+pytestmark = [  # under deterministic algorithms nothing is used again
+    pytest.mark.skipif(sys.platform != "linux", reason="Linux's memory"),
+    pytest.mark.usefixtures("any_algorithms"),
+]
 
 
 def fresh(rows=ROWS):
@@ -36,9 +39,16 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
 
 
 def test_small_ones_and_very_large_ones_do_not_stay():
-    for rows in (ROWS // 2, 9 * ROWS):
+    for rows in (ROWS // 2, 33 * ROWS):
         x = torch.empty(rows, 64, dtype=torch.bfloat16)
         assert recycled(x) is x
+
+
+def test_what_torch_fills_is_filled():
+    used = fresh().fill_(1.0)
+    del used
+    torch.use_deterministic_algorithms(True)
+    assert bool(fresh().isnan().all())
 
 
 def test_threads_have_memory_of_their_own():

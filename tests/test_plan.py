@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastpref import linear_logps, linear_policy_loss, linear_preference_loss, plan
+from fastpref.kernels.memory import release
 from tests._oracle import BACKENDS, IGNORE, head, upstream
 
 MIB = 1 << 20
@@ -40,7 +41,7 @@ def test_numbers_are_consistent(n, workspace, dtype, trainable_head, couples):
         assert 1 <= got.chunk_tokens <= n and got.chunks == math.ceil(n / got.chunk_tokens)
         beside = 0 if "no copy is kept" not in got.why else got.accumulator_bytes - 4 * n * 576
         columns = (got.chunk_bytes + beside) / (got.chunk_tokens * dtype.itemsize)
-        assert columns == 49_152 or (got.passes == 4 and 1 <= columns < 49_152)
+        assert columns == 49_152 or (got.passes == (4 if trainable_head else 2) and 1 <= columns < 49_152)
     if got.passes == 3 and got.chunks > 1:
         assert got.accumulator_bytes >= 4 * 576 * 49_152
     assert got.why and isinstance(got.why, str)
@@ -123,6 +124,7 @@ def measured_passes(call, scale):
 
 def measured_peak(call):
     """Bytes of the allocations alive at once, beyond those alive before the call."""
+    release()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         call()
     alive = peak = 0
@@ -235,17 +237,12 @@ def test_all_rows_in_one_chunk_in_the_place_of_the_copy(backend):
 
 @pytest.mark.parametrize("live", [0, 1])
 def test_a_gradient_that_nothing_is_added_to_is_zero(live):
-    """Over several chunks it is not initialised before the first; filled with NaN, what is left of that shows."""
+    """Over several chunks it is not initialised before the first; fresh memory is NaN here."""
     args = {k: x if k == "weight" else x.unflatten(0, (16, -1)) for k, x in head(160, 16, 2053, ignored=0.0).items()}
     leaves = [args[k].requires_grad_() for k in ("hidden", "weight")]
     advantages = torch.zeros(16)
     advantages[-1] = live  # of the last chunk
-    torch.use_deterministic_algorithms(True)
-    try:
-        loss = linear_policy_loss(**args, advantages=advantages, workspace=MIB).loss
-        found = torch.autograd.grad(loss, leaves)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    found = torch.autograd.grad(linear_policy_loss(**args, advantages=advantages, workspace=MIB).loss, leaves)
     assert all(x.isfinite().all() and bool(x.any()) == bool(live) for x in found)
 
 

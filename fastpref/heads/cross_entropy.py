@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastpref.heads._divisor import divisor
 from fastpref.heads._sequences import mean
-from fastpref.heads.sweep import in_parts, sweep
+from fastpref.heads.sweep import Way, sweep, way_of
 from fastpref.ops import _check, _head
 from fastpref.ops.label_margin import label_margin
 from fastpref.ops.linear_logps import token_outputs
@@ -67,7 +67,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
         bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group, workspace,
             deterministic, check_finite, backend: as in linear_logps.
         max_extra_bytes: where the tokens take several chunks, what the fp32 copy of the weight's gradient may take,
-            4 V H; with less, four passes and no copy.
+            4 V H, or exponentials in its place; with less, four passes and neither.
     Returns:
         The loss, float32. No token, or only skipped ones: 0 with gradients 0. Differentiable once in hidden, weight
         and bias.
@@ -104,9 +104,10 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
 
 def _logps(flat: _head.FlatHead, summed: bool, with_outputs: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """(logps, summed or (M,), token outputs)."""
-    if summed and in_parts(flat, "token"):
+    way = way_of(flat, "token") if summed else Way(False)
+    if way.swept:
         n = flat.targets.numel()
         group = torch.arange(n, device=flat.targets.device)
         return sweep(FN, flat, group, n, lambda index, outputs, first, last: outputs["logps"].sum())
-    found = token_outputs(FN, flat, only_logps=not with_outputs)
+    found = token_outputs(FN, flat, only_logps=not with_outputs, extra=way.extra)
     return found["logps"].sum() if summed else found["logps"], found

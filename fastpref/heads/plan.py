@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fastpref.kernels import why_not
 from fastpref.kernels.head import MIB, accumulator, chunk_dtype, chunk_tokens, default_workspace
 from fastpref.kernels.head_gradients import tile_formed_again
+from fastpref.kernels.head_unit import unit_tile
 from fastpref.losses._protocol import COUPLINGS
 from fastpref.ops._head import check_max_extra_bytes, check_workspace
 
@@ -71,8 +73,9 @@ def plan(
         raise ValueError(f"plan: couples must be None or one of {', '.join(COUPLINGS)}; got {couples!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"plan: dtype must be a floating torch.dtype; got {dtype!r}")
+    device = torch.device(device or "cpu")
     if workspace is None:
-        workspace = default_workspace(torch.device(device or "cpu"))
+        workspace = default_workspace(device)
     check_workspace("plan", workspace, vocab_size, dtype)
     check_max_extra_bytes("plan", max_extra_bytes)
 
@@ -85,6 +88,9 @@ def plan(
         passes, stored, kept, why = 1, 0, 0, "no gradient: one pass, nothing stored"
     elif not trainable_head:
         passes, why = 2, "frozen head: dlogp/dhidden is formed in forward, its rows scaled in backward"
+        slabs = device.type == "cpu" and why_not("cpu") is None
+        columns, rows = unit_tile(hidden_size, vocab_size, dtype, workspace, slabs=slabs)
+        stored = min(rows, n_tokens)
     elif n_tokens <= fits:
         passes, why = 3, "all tokens fit one chunk: it is kept, and backward forms the gradients from it"
     elif (reason := why_not_in_forward(couples, fits, d_weight, max_extra_bytes)) is not None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.heads._rows import token_rows
-from fastpref.heads.sweep import in_parts, sweep
+from fastpref.heads.sweep import Way, sweep, way_of
 from fastpref.losses._protocol import Loss
 from fastpref.losses._sums import Place, place
 from fastpref.losses.objective import Objective, objective
@@ -73,7 +73,7 @@ def linear_policy_loss(
         bias, ignore_index, temperature, softcap, logit_scale, rows, process_group, workspace, deterministic,
             check_finite, backend: as in linear_logps.
         max_extra_bytes: where the batch takes several chunks, what the fp32 copy of the weight's gradient may take,
-            4 V H; with less, four passes and no copy.
+            4 V H, or exponentials in its place; with less, four passes and neither.
         cu_seqlens: (S + 1,) int32: where each sequence's targets start, and the end. Packed input needs it.
     Returns:
         PolicyOutput, logps and entropy shaped like targets. An empty batch has loss 0 and gradients 0. The entropy is
@@ -109,13 +109,14 @@ def linear_policy_loss(
     )
     n = flat.targets.numel()
     apart = n and goal.reduction != "none" and goal.couples in ("token", "sequence")
-    if apart and in_parts(flat, goal.couples, frozen_too=True):
+    way = way_of(flat, goal.couples, frozen_too=True) if apart else Way(False)
+    if way.swept:
         token = torch.arange(n, device=flat.targets.device)
         group, n_groups = (token, n) if goal.couples == "token" else (where.sequence, where.n_sequences)
         loss, found = sweep(FN, flat, group, n_groups, partial(_loss_of, goal))
         fused = token_rows(goal, found["logps"].detach(), found["entropy"].detach(), _bounds(where, cu_seqlens))
     else:
-        found = token_outputs(FN, flat, entropy=entropy_coef != 0)
+        found = token_outputs(FN, flat, entropy=entropy_coef != 0, extra=way.extra)
         fused = token_rows(goal, found["logps"], found["entropy"], _bounds(where, cu_seqlens))
         losses = goal.losses(found["logps"], found["entropy"]) if fused is None else fused.losses
         loss = losses.reshape(targets.shape) if goal.reduction == "none" else losses.sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpref.heads._divisor import divisor
 from fastpref.heads._rows import pair_rows
 from fastpref.heads._sequences import Sequences, mean, reference, token_metrics
-from fastpref.heads.sweep import in_parts, sweep
+from fastpref.heads.sweep import Way, sweep, way_of
 from fastpref.losses._protocol import Loss
 from fastpref.losses._sums import place
 from fastpref.losses.dpo import PairLoss, bind
@@ -100,7 +100,7 @@ def linear_preference_loss(
         bias, ignore_index, temperature, softcap, logit_scale, rows, process_group, workspace, deterministic,
             check_finite, backend: as in linear_logps.
         max_extra_bytes: where the batch takes several chunks, what the fp32 copy of the weight's gradient may take,
-            4 V H; with less, four passes and no copy.
+            4 V H, or exponentials in its place; with less, four passes and neither.
         cu_seqlens: (2B + 1,) int32: where each sequence's targets start, and the end. Packed input needs it.
         options: the loss's own keywords, as `label_smoothing` of sigmoid.
     Returns:
@@ -122,12 +122,13 @@ def linear_preference_loss(
     ref = reference(FN, flat, targets, n, ref_logps, ref_token_logps, reference_free, ref_hidden, ref_weight, head)
     batch = Sequences(n, flat.targets != ignore_index, of, *ref)
 
-    if n and reduction != "none" and in_parts(flat, loss_of_pairs.terms.couples):
+    way = way_of(flat, loss_of_pairs.terms.couples) if n and reduction != "none" else Way(False)
+    if way.swept:
         loss, found = sweep(FN, flat, of % (n // 2), n // 2, partial(_loss_of, loss_of_pairs, batch))
         pairs = _pairs(batch, found)
         fused = pair_rows(loss_of_pairs, pairs)
     else:
-        pairs = _pairs(batch, token_outputs(FN, flat))
+        pairs = _pairs(batch, token_outputs(FN, flat, extra=way.extra))
         fused = pair_rows(loss_of_pairs, pairs)
         losses = loss_of_pairs(pairs) if fused is None else fused.losses
         loss = losses if reduction == "none" else losses.sum()

@@ -5,8 +5,8 @@ log-probs give its slopes g = dL/dlogp, h = dL/dentropy, and its gradients are f
 overwrites the chunk; kept are dL/dhidden and dL/dweight in fp32, multiplied in backward by the upstream factor. Of a
 group larger than a chunk the first rows are scored twice: one more pass for them.
 
-Where the exponentials of all rows take no more than a chunk and that fp32 copy of dL/dweight, they are kept instead:
-nothing is added up over chunks, and dL/dweight is rounded as it is formed.
+Where the exponentials of all rows take no more than a chunk and that fp32 copy of dL/dweight, linear_logps keeps them
+instead: nothing is added up over chunks, and dL/dweight is rounded as it is formed.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,32 +24,39 @@ from fastpref.kernels.memory import huge_pages, recycled
 from fastpref.kernels.shard import Shard
 from fastpref.ops import _head
 from fastpref.ops._once import once_differentiable
-from fastpref.ops.linear_logps import rows_of_one_chunk, token_outputs
+from fastpref.ops.linear_logps import rows_of_one_chunk
 
 # (index into the targets, their logps, entropy and other outputs, first group, last group + 1) -> the loss of these
 # groups, a sum; differentiable in logps and entropy
 GroupLoss = Callable[[Tensor, dict[str, Tensor], int, int], Tensor]
 
 
-def in_parts(flat: _head.FlatHead, couples: str, *, frozen_too: bool = False) -> bool:
-    """Whether `sweep` is what a loss wants. Where it is not, the loss stands on linear_logps.
+class Way(NamedTuple):
+    """How a loss that is summed goes through the head."""
 
-    So it does in one chunk, where all rows are coupled, where an fp32 copy of the weight's gradient has no room or does
-    not pay, under torch.compile and in a CUDA graph; with a frozen head too, unless `frozen_too`: swept, a gradient of
-    entropy costs no pass more, and tokens without a gradient cost none after the first.
+    swept: bool  # by `sweep`; else it stands on linear_logps
+    extra: int = 0  # bytes of exponentials that linear_logps may then keep beside the workspace
+
+
+def way_of(flat: _head.FlatHead, couples: str, *, frozen_too: bool = False) -> Way:
+    """Not swept: in one chunk, where all rows are coupled, where an fp32 copy of the weight's gradient has no room or
+    does not pay, under torch.compile and in a CUDA graph.
+
+    Nor with a frozen head, unless `frozen_too`: swept, a gradient of entropy costs no pass more, and tokens without a
+    gradient cost none after the first.
     """
     if flat.backend == "reference" or _head.recorded(flat.targets):
-        return False
+        return Way(False)
     if not flat.trained:
-        return frozen_too and torch.is_grad_enabled() and flat.hidden.requires_grad
-    rows = driver.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace)
-    reason = why_not_in_forward(couples, rows, _copy_bytes(flat), flat.max_extra_bytes)
-    return reason is None and not rows_of_one_chunk(flat)
-
-
-def _copy_bytes(flat: _head.FlatHead) -> int:
-    """Of the weight's gradient in fp32."""
-    return flat.most_rows * flat.weight.shape[1] * flat.inv_temperature.itemsize
+        return Way(frozen_too and torch.is_grad_enabled() and flat.hidden.requires_grad)
+    if rows_of_one_chunk(flat):
+        return Way(False)
+    hidden_size = flat.weight.shape[1]
+    rows = driver.chunk_tokens(hidden_size, flat.most_rows, flat.hidden.dtype, flat.workspace)
+    copy = flat.most_rows * hidden_size * flat.inv_temperature.itemsize if flat.weight.requires_grad else 0
+    if why_not_in_forward(couples, rows, copy, flat.max_extra_bytes) is not None:
+        return Way(False)
+    return Way(False, copy) if rows_of_one_chunk(flat, copy) else Way(True)
 
 
 def sweep(
@@ -60,11 +67,6 @@ def sweep(
     `loss_of` is called once a chunk, for a run of whole groups; a group without rows is in one of the runs.
     Differentiable in hidden, weight and bias, through the loss and through logps and entropy of the outputs.
     """
-    copy = _copy_bytes(flat) if flat.trained else 0
-    if copy and rows_of_one_chunk(flat, copy):
-        found = token_outputs(fn, flat, extra=copy)
-        live = (flat.targets != flat.ignore_index).nonzero()[:, 0]
-        return loss_of(live, {name: x[live] for name, x in found.items()}, 0, n_groups), found
     index = _head.kept_index(
         fn,
         "hidden",
@@ -115,7 +117,7 @@ class _Sweep(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, runs, form, slopes_of = arguments
         run, problem = form.problem(*tensors)
-        gradients = Gradients.zeros(problem, ctx.needs_input_grad[:3])
+        gradients = Gradients.begun(problem, ctx.needs_input_grad[:3])
         loss = problem.inv_temperature.new_zeros(())
         found = []
         with torch.autocast(problem.hidden.device.type, enabled=False):
@@ -154,7 +156,7 @@ class _Sweep(torch.autograd.Function):
         extra = Gradients(None, None, None)
         if grad_logps is not None or grad_entropy is not None:
             run, problem = ctx.form.problem(hidden, weight, bias, targets, rows, inv_temperature)
-            extra = Gradients.zeros(problem, ctx.needs_input_grad[:3])
+            extra = Gradients.begun(problem, ctx.needs_input_grad[:3])
             scores = driver.Scores(*scored)
             of_logps = torch.zeros_like(scores.logps) if grad_logps is None else grad_logps[index]
             upstream = Upstream(of_logps, None if grad_entropy is None else grad_entropy[index])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpref.heads._divisor import divisor
 from fastpref.heads._sequences import Sequences, mean, reference, token_metrics
-from fastpref.heads.sweep import in_parts, sweep
+from fastpref.heads.sweep import Way, sweep, way_of
 from fastpref.losses._protocol import Loss, Terms
 from fastpref.losses._sums import place
 from fastpref.losses.unpaired import Unpaired, bind, check_desirable, checked_kl, rewards
@@ -104,11 +104,12 @@ def linear_unpaired_loss(
     batch = Sequences(n, flat.targets != ignore_index, of, *ref)
     at = checked_kl(FN, kl, flat.inv_temperature)
 
-    if n and reduction != "none" and in_parts(flat, terms.couples):
+    way = way_of(flat, terms.couples) if n and reduction != "none" else Way(False)
+    if way.swept:
         loss, found = sweep(FN, flat, of, n, partial(_loss_of, terms, beta, batch, desirable, at))
         unpaired = _unpaired(batch, desirable, at, found)
     else:
-        unpaired = _unpaired(batch, desirable, at, token_outputs(FN, flat))
+        unpaired = _unpaired(batch, desirable, at, token_outputs(FN, flat, extra=way.extra))
         losses = terms(FN, unpaired.logps, unpaired, beta=beta)
         loss = losses if reduction == "none" else losses.sum()
     of_each = rewards(unpaired, beta)

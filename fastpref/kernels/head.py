@@ -88,6 +88,7 @@ class Kernels(Protocol):
     TOKEN_DIM: int  # the dimension of a chunk that the tokens are along; the vocabulary is along the other
     STATIC: bool  # the host never waits for the device: no shape depends on a value
     ROUNDS: bool  # has round_d_weight
+    SLABS: bool  # has score_slab and add_d_hidden
 
     def label_dots(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: ...
 
@@ -106,6 +107,21 @@ class Kernels(Protocol):
         coefs: tuple[Tensor, Tensor] | None,
         only: Tensor | None = None,
     ) -> Sums: ...
+
+    # of a slab of the vocabulary, whole blocks of whose rows come before it; their sums
+    def score_slab(
+        self,
+        x: Tensor,
+        head: Head,
+        targets: Tensor,
+        anchor: Tensor,
+        inv_temperature: Tensor,
+        chunk: Tensor,
+        before: Sums | None,
+    ) -> Sums: ...
+
+    # out += F W
+    def add_d_hidden(self, chunk: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor) -> None: ...
 
     # diag(factor) F W
     def d_hidden(self, chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: Tensor) -> Tensor: ...
@@ -256,30 +272,42 @@ def score(
     chunk: Tensor | None = None,
 ) -> Scores:
     """One pass over the vocabulary; F into `chunk` if given."""
-    dtype = accumulator(rows.x.dtype)
-    z_y, _ = label_logits(kernels, head, rows)
-    if head.shard is not None:
-        z_y = head.shard.total(z_y)
-    anchor = torch.where(z_y.isinf(), 0.0, z_y).to(dtype)
+    z_y, anchor = label_anchor(kernels, head, rows)
     sums = kernels.score(rows.x, head, rows.targets, anchor, rows.inv_temperature, chunk, None)
     if head.shard is not None:
         sums = _over_ranks(head.shard, sums, with_max=kernels.STATIC)
-    again = (sums.exp > RESCORE_ABOVE) | z_y.isneginf()
     if kernels.STATIC:
-        again &= sums.max_d.isfinite()
-        anchor = torch.where(again, anchor + sums.max_d.to(dtype), anchor)
+        again = _is_far(sums, z_y) & sums.max_d.isfinite()
+        anchor = torch.where(again, anchor + sums.max_d.to(anchor.dtype), anchor)
         found = kernels.score(rows.x, head, rows.targets, anchor, rows.inv_temperature, chunk, None, again)
         if head.shard is not None:
             found = _over_ranks(head.shard, found)
         sums = Sums(*(torch.where(again, new, old) for new, old in zip(found, sums, strict=True)))
     else:
-        at = again.nonzero()[:, 0]  # the same on all processes
+        at = _is_far(sums, z_y).nonzero()[:, 0]  # the same on all processes
         if head.shard is not None and not head.shard.all_sums and at.numel():
             sums.max_d[at] = head.shard.gather(sums.max_d[at]).amax(0)
-        for few in split(at[sums.max_d[at].isfinite()], ROW_BLOCK):
+        for few in split(wants_maximum(sums, z_y), ROW_BLOCK):
             _score_at_maximum(kernels, head, rows, few, anchor, sums, chunk)
 
     return finish(anchor, z_y - anchor.double(), sums, head.vocab_size)
+
+
+def label_anchor(kernels: Kernels, head: Head, rows: Rows) -> tuple[Tensor, Tensor]:
+    """(z_y (n,) fp64, what is subtracted from a row's logits: z_y rounded, 0 where it is infinite)."""
+    z_y, _ = label_logits(kernels, head, rows)
+    if head.shard is not None:
+        z_y = head.shard.total(z_y)
+    return z_y, torch.where(z_y.isinf(), 0.0, z_y).to(accumulator(rows.x.dtype))
+
+
+def _is_far(sums: Sums, z_y: Tensor) -> Tensor:
+    return (sums.exp > RESCORE_ABOVE) | z_y.isneginf()
+
+
+def wants_maximum(sums: Sums, z_y: Tensor) -> Tensor:
+    """Index of the rows that are scored once more, anchored at their maximum."""
+    return (_is_far(sums, z_y) & sums.max_d.isfinite()).nonzero()[:, 0]
 
 
 def finish(anchor: Tensor, label_d: Tensor, sums: Sums, vocab_size: int) -> Scores:

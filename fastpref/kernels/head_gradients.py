@@ -64,8 +64,8 @@ class Gradients:
     written: bool = False  # the weight's
 
     @staticmethod
-    def zeros(problem: Problem, wanted: Sequence[bool], once: bool = False) -> "Gradients":
-        """For hidden, weight and bias."""
+    def begun(problem: Problem, wanted: Sequence[bool], once: bool = False) -> "Gradients":
+        """For hidden, weight and bias; `finish` ends them."""
         head, dtype = problem.head, accumulator(problem.hidden.dtype)
 
         def like(which: int, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -87,13 +87,13 @@ class Gradients:
         return found
 
     def finish(self) -> None:
-        """Nothing more is added."""
+        """Nothing more is added: a weight's that got nothing is zero."""
         if self.weight is not None and not self.written:
             self.weight.zero_()
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Rows whose exponentials are at hand together."""
 
     index: Tensor  # (n,) into the targets
@@ -131,27 +131,27 @@ def add_gradients(
         return
     if chunk is not None and _tells_d(kernels, chunk, upstream, problem.head):
         if kernels.STATIC or not _worth_leaving_out(problem, index, scores, live):
-            part = _part(kernels, problem, index, scores, upstream)
+            part = part_of(kernels, problem, index, scores, upstream)
             _add_from_chunk(kernels, problem, part, chunk, None, out)
         else:
-            part = _part(kernels, problem, index[live], scores.at(live), upstream.at(live))
+            part = part_of(kernels, problem, index[live], scores.at(live), upstream.at(live))
             _add_from_chunk(kernels, problem, part, chunk, live, out)
         return
     vocab_size, hidden_size = problem.head.weight.shape
     step, size = tile_formed_again(
         hidden_size, vocab_size, problem.hidden.dtype, problem.head.workspace, d_weight=out.weight is not None
     )
-    parts = [_part(kernels, problem, index[i], scores.at(i), upstream.at(i)) for i in live.split(size)]
+    parts = [part_of(kernels, problem, index[i], scores.at(i), upstream.at(i)) for i in live.split(size)]
     _add_formed_again(kernels, problem, parts, step, out)
 
 
 def _add_from_chunk(
-    kernels: Kernels, problem: Problem, part: _Part, chunk: Tensor, live: Tensor | None, out: Gradients
+    kernels: Kernels, problem: Problem, part: Part, chunk: Tensor, live: Tensor | None, out: Gradients
 ) -> None:
     """`live`: where in the chunk the rows of the part are; None: they are all of its rows."""
     head, operands = problem.head, _operands(kernels, problem, part)
     (vocab_size, hidden_size), n = head.weight.shape, part.index.numel()
-    _add_label_to_hidden(kernels, problem, part, out)
+    add_label_to_hidden(kernels, problem, part, out.hidden)
     as_stored = live is None and part.coefs is None
     if as_stored:
         _add_d_hidden(kernels, problem, part, chunk, head.weight, out)
@@ -172,10 +172,10 @@ def _add_from_chunk(
     out.written = True
 
 
-def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[_Part], step: int, out: Gradients) -> None:
+def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[Part], step: int, out: Gradients) -> None:
     head = problem.head
     for part in parts:
-        _add_label_to_hidden(kernels, problem, part, out)
+        add_label_to_hidden(kernels, problem, part, out.hidden)
     only = _operands(kernels, problem, parts[0]) if len(parts) == 1 else None
     rounds = kernels.ROUNDS and out.once and len(parts) == 1
     for slab, d_weight in _slabs(head, out, step, parts[0].factor.dtype, rounds):
@@ -252,7 +252,7 @@ def _blocks(rows: int) -> int:
     return max(SLAB_BLOCK, rows // SLAB_BLOCK * SLAB_BLOCK)
 
 
-def _part(kernels: Kernels, problem: Problem, index: Tensor, scores: Scores, upstream: Upstream) -> _Part:
+def part_of(kernels: Kernels, problem: Problem, index: Tensor, scores: Scores, upstream: Upstream) -> Part:
     """What F is multiplied by, and the label's own coefficient, so that dL/du = factor F (c0 + c1 d) + label at y."""
     (g, h), rows, total = upstream, problem.gather(index), scores.total
     _, slope = label_logits(kernels, problem.head, rows)
@@ -263,10 +263,10 @@ def _part(kernels: Kernels, problem: Problem, index: Tensor, scores: Scores, ups
         label_d = scores.label_d.clamp(min=-200.0)
         label = label - h * (label_d.exp() / total) * (label_d - scores.mean_d)
         factor, coefs = -scale / total, (g - h * scores.mean_d, h)
-    return _Part(index, scores, factor.to(total.dtype), (label * slope.to(total.dtype) * scale).to(total.dtype), coefs)
+    return Part(index, scores, factor.to(total.dtype), (label * slope.to(total.dtype) * scale).to(total.dtype), coefs)
 
 
-def _form_again(kernels: Kernels, head: Head, first: int, rows: Rows, part: _Part) -> Tensor:
+def _form_again(kernels: Kernels, head: Head, first: int, rows: Rows, part: Part) -> Tensor:
     """F of a slab of the vocabulary, anchored as before."""
     vocab_size = head.weight.shape[0]
     inside = (rows.targets >= first) & (rows.targets < first + vocab_size)
@@ -293,22 +293,22 @@ def _with_entropy(kernels: Kernels, f: Tensor, coefs: tuple[Tensor, Tensor], wei
     return _packed(kernels, weighed, weight, f.dtype)
 
 
-def _operands(kernels: Kernels, problem: Problem, part: _Part) -> _Operands:
+def _operands(kernels: Kernels, problem: Problem, part: Part) -> _Operands:
     rows = problem.gather(part.index)
     return _Operands(rows, kernels.scaled(rows.x, part.factor), kernels.order_of(rows.targets))
 
 
-def _add_label_to_hidden(kernels: Kernels, problem: Problem, part: _Part, out: Gradients) -> None:
-    if out.hidden is not None:
+def add_label_to_hidden(kernels: Kernels, problem: Problem, part: Part, out: Tensor | None) -> None:
+    if out is not None:
         y, label = problem.head.own(problem.targets[part.index]), part.label
         if problem.head.shard is not None:
             y, label = y.clamp(min=0), torch.where(y >= 0, label, 0.0)
         w_y = problem.head.weight[y].to(problem.hidden.dtype)
-        _add_to_hidden(kernels, problem, part, w_y, label, out.hidden)
+        _add_to_hidden(kernels, problem, part, w_y, label, out)
 
 
 def _add_to_hidden(
-    kernels: Kernels, problem: Problem, part: _Part, values: Tensor, scale: Tensor | None, out: Tensor
+    kernels: Kernels, problem: Problem, part: Part, values: Tensor, scale: Tensor | None, out: Tensor
 ) -> None:
     row = problem.row(part.index)
     if problem.rows is not None:  # a row may serve several targets
@@ -317,7 +317,7 @@ def _add_to_hidden(
         out.index_add_(0, row, (values if scale is None else values * scale[:, None]).to(out.dtype))
 
 
-def _add_d_hidden(kernels: Kernels, problem: Problem, part: _Part, f: Tensor, weight: Tensor, out: Gradients) -> None:
+def _add_d_hidden(kernels: Kernels, problem: Problem, part: Part, f: Tensor, weight: Tensor, out: Gradients) -> None:
     if out.hidden is not None:
         d_rows = kernels.d_hidden(f, part.index.numel(), weight, problem.hidden.dtype, part.factor)
         _add_to_hidden(kernels, problem, part, d_rows, None, out.hidden)
@@ -325,7 +325,7 @@ def _add_d_hidden(kernels: Kernels, problem: Problem, part: _Part, f: Tensor, we
 
 def _add_slab(
     kernels: Kernels,
-    part: _Part,
+    part: Part,
     operands: _Operands,
     f: Tensor,
     slab: slice,

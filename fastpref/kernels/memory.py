@@ -1,7 +1,6 @@
 """Large buffers on the CPU."""
 
 import ctypes
-import mmap
 import sys
 import weakref
 from collections import deque
@@ -11,8 +10,8 @@ from torch import Tensor
 
 _HUGE_PAGE = 2**21
 _MADV_HUGEPAGE = 14  # linux/mman.h
-_LEAST, _MOST = 2**25, 2**28  # bytes of a buffer that stays
-_idle: deque[mmap.mmap] = deque(maxlen=1)  # what the last tensor of that size has given back
+_LEAST, _MOST = 2**23, 2**28  # bytes of a buffer that stays
+_idle: deque[Tensor] = deque(maxlen=1)  # what the last tensor of that size has given back
 
 
 def huge_pages(x: Tensor) -> Tensor:
@@ -34,15 +33,23 @@ def recycled(x: Tensor) -> Tensor:
     One buffer of up to 256 MiB stays for the next call, where the system would take its pages and give them again,
     zeroed: a tenth of a step of the head on a virtual machine that hands its free pages back to its host.
     """
-    if sys.platform != "linux" or x.device.type != "cpu" or not _LEAST <= x.nbytes <= _MOST:
+    fits = sys.platform == "linux" and x.device.type == "cpu" and _LEAST <= x.nbytes <= _MOST and x.is_contiguous()
+    # which fills what is not initialised, so that reading it shows
+    if not fits or torch.are_deterministic_algorithms_enabled():
         return huge_pages(x)
     try:
         memory = _idle.pop()
     except IndexError:
-        memory = None
-    if memory is None or len(memory) < x.nbytes:
-        memory = mmap.mmap(-1, -(-x.nbytes // _HUGE_PAGE) * _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    lent = (ctypes.c_char * x.nbytes).from_buffer(memory)  # lives as long as the tensor on it
+        memory = x
+    if memory.nbytes < x.nbytes:
+        memory = x
+    if memory is x:
+        huge_pages(x)
+    lent = (ctypes.c_char * x.nbytes).from_address(memory.data_ptr())  # lives as long as the tensor on it
     weakref.finalize(lent, _idle.append, memory).atexit = False
     return torch.frombuffer(lent, dtype=x.dtype).view(x.shape)
+
+
+def release() -> None:
+    """Gives the buffer that stays back to the system."""
+    _idle.clear()

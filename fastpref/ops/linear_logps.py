@@ -10,6 +10,7 @@ from torch import Tensor
 from fastpref import kernels
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
+from fastpref.kernels.head_unit import unit_scores, unit_tile
 from fastpref.kernels.memory import recycled
 from fastpref.kernels.reference.linear_logps import linear_logps as reference
 from fastpref.ops import _head
@@ -75,7 +76,8 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
             the sum over the processes. Each tells the others two numbers a token and sweep, six with `outputs` (the
             Triton kernels four and eleven, for they do not wait to see which rows need scoring again). All must make
             the same calls. Not within torch.compile(fullgraph=True).
-        workspace: bytes for the buffers of a chunk. None: 256 MiB on CPU, 1/32 of the memory of a GPU.
+        workspace: bytes for the buffers of a chunk. None: 256 MiB on CPU, 1/32 of the memory of a GPU. On a CPU one
+            buffer of at most 256 MiB stays for the next call.
         max_extra_bytes: no effect here, where no second copy of the weight's gradient is ever kept.
         deterministic: fixed GEMM blocks on the torch backend; the C++ kernels always have them.
         check_finite: refuse NaN or infinite hidden, and on CUDA check targets (this waits for the device).
@@ -179,24 +181,19 @@ def _op(
     kept = recycled(run.new_chunk(keep_rows, weight, hidden.dtype)) if keep_rows else hidden.new_empty(0)
     size = keep_rows or driver.score_tokens(weight.shape[1], head.most_rows, workspace)
     if unit_d_hidden:
-        size = driver.chunk_tokens(weight.shape[1], head.most_rows, hidden.dtype, workspace)
+        _, size = unit_tile(weight.shape[1], head.most_rows, hidden.dtype, workspace, slabs=run.SLABS and shard is None)
     for part in driver.split(index, size):
         rows_here = problem.gather(part)
-        chunk = kept if keep_rows else None
         if unit_d_hidden:
-            chunk = recycled(run.new_chunk(part.numel(), weight, hidden.dtype))
-        scores = driver.score(run, head, rows_here, chunk)
+            alone = driver.Problem(rows_here.x, head, problem.targets[part], None, rows_here.inv_temperature)
+            scores, unit[part] = unit_scores(run, alone)
+        else:
+            scores = driver.score(run, head, rows_here, kept if keep_rows else None)
         if problem.masked:
             scores = scores.where(rows_here.inv_temperature != 0)
         state[:, part] = torch.stack((scores.anchor, scores.label_d, scores.rest, scores.mean_d))
         for full, name in zip((*out, top1), ("logps", *_head.OUTPUTS), strict=True):
             full[part] = getattr(scores, name)
-        if unit_d_hidden and chunk is not None:
-            alone = driver.Problem(rows_here.x, head, problem.targets[part], None, rows_here.inv_temperature)
-            found, ones = Gradients.zeros(alone, (True, False, False)), Upstream(torch.ones_like(scores.logps), None)
-            add_gradients(run, alone, torch.arange(part.numel(), device=part.device), scores, ones, found, chunk)
-            unit[part] = found.hidden  # type: ignore[assignment]
-        del chunk  # before the next one is made
     if unit_d_hidden:
         head.add_over_ranks(unit)
     return *out, top1, state, unit, kept  # type: ignore[return-value]
@@ -310,7 +307,7 @@ def _backward_op(
     upstream = Upstream(grad_logps[index], None if grad_entropy is None else grad_entropy[index])
     if problem.masked:
         upstream = upstream.where(problem.inv_temperature[index] != 0)
-    found = Gradients.zeros(problem, wanted, once=True)
+    found = Gradients.begun(problem, wanted, once=True)
     add_gradients(run, problem, index, scores, upstream, found, chunk)
     found.finish()
     head.add_over_ranks(found.hidden)

@@ -92,6 +92,31 @@ struct Scored {
   Buffer sums, stored;
 };
 
+// The same sums, of whole blocks of the vocabulary first and then of the rest.
+static void in_two_parts(const HeadCase& c, const HeadKernels& kernels, const Buffer& hidden, const Buffer& targets, int64_t first,
+                         int64_t n, const Buffer& want, int threads) {
+  const int64_t cut = c.v / 2 / kVocabBlock * kVocabBlock;
+  if (!cut) return;
+  Buffer sums(kSums * n * 8, 8, rnd.bits), own = targets.copy(0, targets.bytes, 8, rnd.bits);
+  sums.poison();
+  auto row = [&](const Buffer& x) { return x.as<float>() + first; };
+  for (int part = 0; part < 2; ++part) {
+    const int64_t from = part ? cut : 0, count = part ? c.v - cut : cut;
+    for (int64_t t = 0; t < c.n; ++t) {
+      const int64_t y = targets.as<int64_t>()[t] - from;
+      own.as<int64_t>()[t] = y >= 0 && y < count ? y : -1;
+    }
+    const int64_t width = c.weight_dtype() == kFloat32 ? 4 : 2;
+    Scoring s{hidden.data, static_cast<char*>(c.weight.data) + from * c.weight_stride * width,
+              c.has_bias ? c.bias.as<float>() + from : nullptr, own.as<int64_t>() + first, row(c.anchor), row(c.inv_temperature),
+              nullptr, nullptr, sums.as<double>(), nullptr, n, c.h, count, c.weight_stride, 0, c.logit_scale, c.softcap,
+              c.weight_column, c.weight_fp32};
+    s.add = part;
+    kernels.score(s, c.dtype, threads);
+  }
+  if (std::memcmp(sums.data, want.data, kSums * n * 8)) fail("other sums in two parts");
+}
+
 static Scored score(const HeadCase& c, const HeadKernels& kernels, const Buffer& targets, int64_t first, int64_t n, int64_t stride,
                     int threads) {
   const int64_t width = c.dtype == kFloat32 ? 4 : 2;
@@ -106,6 +131,7 @@ static Scored score(const HeadCase& c, const HeadKernels& kernels, const Buffer&
                  c.logit_scale, c.softcap, c.weight_column, c.weight_fp32},
                 c.dtype, threads);
   if (out.sums.has_poison(8)) fail("score left a sum unwritten");
+  in_two_parts(c, kernels, hidden, targets, first, n, out.sums, threads);
   if (out.stored.has_poison(width)) fail("score left an entry of the chunk unwritten");
   return out;
 }
@@ -182,10 +208,12 @@ static void check_products(const HeadCase& c, const HeadKernels& kernels, const 
     const int threads = run ? int(rnd.whole(2, 3)) : 1;
     Buffer& d_hidden = results[run][0] = Buffer(c.n * c.h * 4, 4, rnd.bits);
     d_hidden.poison();
-    kernels.d_hidden({stored.data, c.weight.data, d_hidden.as<float>(), c.n, c.h, c.v, c.weight_stride, c.stride, false,
-                      c.weight_column, c.weight_fp32},
-                     c.dtype, threads);
+    Product q{stored.data, c.weight.data, d_hidden.as<float>(), c.n, c.h, c.v, c.weight_stride, c.stride, false,
+              c.weight_column, c.weight_fp32};
+    kernels.d_hidden(q, c.dtype, threads);
     if (d_hidden.has_poison(4)) fail("d_hidden left an entry unwritten");
+    q.accumulate = true;
+    kernels.d_hidden(q, c.dtype, threads);
 
     Buffer& d_weight = results[run][1] = Buffer(c.v * c.h * 4, 4, rnd.bits);
     d_weight.poison();
@@ -203,9 +231,9 @@ static void check_products(const HeadCase& c, const HeadKernels& kernels, const 
   for (int64_t i = 0; i < c.h; ++i) {
     for (int64_t t = 0; t < c.n; ++t) {
       double want = 0, size = 0;
-      for (int64_t y = 0; y < c.v; ++y) want += f(y, t) * c.w(y, i), size += std::fabs(f(y, t) * c.w(y, i));
+      for (int64_t y = 0; y < c.v; ++y) want += 2 * f(y, t) * c.w(y, i), size += std::fabs(2 * f(y, t) * c.w(y, i));
       const double allowed = size * (kEps * (8 + std::sqrt(double(c.v))) + (c.dtype == kFloat16 ? operand : 0)) + 1e-30;
-      expect_near(results[0][0].as<float>()[t * c.h + i], want, allowed, "d_hidden", t, i);
+      expect_near(results[0][0].as<float>()[t * c.h + i], want, allowed, "twice d_hidden", t, i);
     }
     for (int64_t y = 0; y < c.v; ++y) {
       double want = 0, size = 0;

@@ -27,8 +27,8 @@ def gae(
     mask = None if mask is None else mask.contiguous()
     dones = None if dones is None else dones.contiguous()
     bootstrap = None if bootstrap is None else bootstrap.float().contiguous()
-    results = torch.empty((2, *rewards.shape))
-    sums = torch.zeros(len(rewards), 3, dtype=torch.float64)
+    results = rewards.new_empty((2, *rewards.shape))
+    sums = rewards.new_zeros(len(rewards), 3, dtype=torch.float64)
     _cpu.gae(
         isa(),
         rewards.data_ptr(),

@@ -15,6 +15,7 @@ from fastpref.kernels.head import order_of as order_of
 TOKEN_DIM = 1
 STATIC = False
 ROUNDS = True
+SLABS = True
 
 
 def _is_wider(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -26,7 +27,7 @@ def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(n,) fp64: x . w_y, summed in fp64."""
     n, hidden_size = x.shape
     x, targets = x.contiguous(), targets.contiguous()
-    out = torch.empty(n, dtype=torch.float64)
+    out = x.new_empty(n, dtype=torch.float64)
     _cpu.label_dots(
         x.data_ptr(),
         weight.data_ptr(),
@@ -44,7 +45,7 @@ def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def new_chunk(n: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
     stride = -(-n // _cpu.token_pad) * _cpu.token_pad
-    return torch.empty(weight.shape[0], stride, dtype=chunk_dtype(dtype))
+    return weight.new_empty(weight.shape[0], stride, dtype=chunk_dtype(dtype))
 
 
 def score(
@@ -56,12 +57,32 @@ def score(
     chunk: Tensor | None,
     coefs: tuple[Tensor, Tensor] | None,
 ) -> Sums:
+    return _score(x, head, targets, anchor, inv_temperature, chunk, coefs, None)
+
+
+def score_slab(
+    x: Tensor, head: Head, targets: Tensor, anchor: Tensor, inv_temperature: Tensor, chunk: Tensor, before: Sums | None
+) -> Sums:
+    """`before`: of the rows of the weight in front of these, a multiple of 480; the bits are those of one score."""
+    return _score(x, head, targets, anchor, inv_temperature, chunk, None, before)
+
+
+def _score(
+    x: Tensor,
+    head: Head,
+    targets: Tensor,
+    anchor: Tensor,
+    inv_temperature: Tensor,
+    chunk: Tensor | None,
+    coefs: tuple[Tensor, Tensor] | None,
+    before: Sums | None,
+) -> Sums:
     weight, (n, hidden_size) = head.weight, x.shape
     bias = None if head.bias is None else head.bias.float().contiguous()
     c0, c1 = (c.contiguous() for c in coefs) if coefs else (None, None)
     x, anchor, inv_temperature = x.contiguous(), anchor.contiguous(), inv_temperature.contiguous()
     targets = targets.contiguous()
-    sums = torch.empty(len(Sums._fields), n, dtype=torch.float64)
+    sums = x.new_empty(len(Sums._fields), n, dtype=torch.float64) if before is None else torch.stack(before)
     _cpu.head_score(
         isa(),
         *(
@@ -77,6 +98,7 @@ def score(
         head.softcap or 0.0,
         DTYPES[x.dtype],
         _is_wider(weight, x.dtype),
+        before is not None,
         torch.get_num_threads(),
     )
     return Sums(*sums)
@@ -84,8 +106,14 @@ def score(
 
 def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: Tensor) -> Tensor:
     """(n, H) fp32: diag(factor) F W."""
-    vocab_size, hidden_size = weight.shape
-    out = torch.empty(n, hidden_size)
+    out = chunk.new_empty(n, weight.shape[1], dtype=torch.float32)
+    add_d_hidden(chunk, weight, dtype, out, accumulate=False)
+    return out.mul_(factor[:, None])
+
+
+def add_d_hidden(chunk: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor, *, accumulate: bool = True) -> None:
+    """out (n, H) fp32 += F W."""
+    (n, hidden_size), vocab_size = out.shape, weight.shape[0]
     _cpu.head_d_hidden(
         isa(),
         chunk.data_ptr(),
@@ -96,11 +124,11 @@ def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: 
         vocab_size,
         *weight.stride(),
         chunk.stride(0),
+        accumulate,
         DTYPES[dtype],
         _is_wider(weight, dtype),
         torch.get_num_threads(),
     )
-    return out.mul_(factor[:, None])
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ def selective_logps(
 
     And (2, M), what a backward needs of the rows: the logit that stood for 0, and the sum of exponentials.
     """
-    out = [torch.zeros(targets.shape) for _ in range(4)]
-    state = torch.zeros(2, *targets.shape)
-    top1 = torch.zeros(targets.shape, dtype=torch.bool)
+    out = [inv_temperature.new_zeros(targets.shape) for _ in range(4)]
+    state = inv_temperature.new_zeros(2, *targets.shape)
+    top1 = torch.zeros_like(targets, dtype=torch.bool)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     targets, live, inv_temperature = targets.contiguous(), _live(targets, index), inv_temperature.contiguous()
     rows = _rows(logits, targets, live, inv_temperature, softcap, logit_scale)
@@ -57,7 +57,7 @@ def d_logits(
 
 
 def _live(targets: Tensor, index: Tensor) -> Tensor:
-    return torch.zeros(targets.shape, dtype=torch.bool).index_fill_(0, index, True)
+    return torch.zeros_like(targets, dtype=torch.bool).index_fill_(0, index, True)
 
 
 def _rows(

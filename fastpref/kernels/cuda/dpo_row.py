@@ -30,8 +30,8 @@ def dpo_row(
         None if x is None else x.contiguous()
         for x in (chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
     ]
-    rows = torch.empty(5, chosen.numel(), device=chosen.device)
-    metrics = torch.empty(METRICS, device=chosen.device)
+    rows = torch.empty(5, chosen.numel(), dtype=torch.float32, device=chosen.device)
+    metrics = rows.new_empty(METRICS)
     options = LOSSES.index(loss), beta, smoothing, weight
     _launch.launch(_cuda.dpo_row, (*inputs, *rows, metrics), chosen.numel(), *options)
     return rows, metrics

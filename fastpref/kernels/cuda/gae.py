@@ -23,7 +23,7 @@ def gae(
     mask = None if mask is None else mask.contiguous()
     dones = None if dones is None else dones.contiguous()
     bootstrap = None if bootstrap is None else bootstrap.float().contiguous()
-    results = torch.empty((2, *rewards.shape), device=rewards.device)
+    results = rewards.new_empty((2, *rewards.shape))
     sums = torch.empty(len(rewards), 3, dtype=torch.float64, device=rewards.device)
     tensors = (rewards, values, mask, dones, bootstrap, *results, sums if moments else None)
     _launch.launch(_cuda.gae, tensors, *rewards.shape, gamma, lam)

@@ -38,7 +38,7 @@ def ppo_row(
         for x in (logps, old_logps, advantages, shares, token_weights, ref_logps, entropy, mask, bounds)
     ]
     n, sequences = logps.numel(), 0 if bounds is None else bounds.numel() - 1
-    rows = torch.empty(3, n, device=logps.device)
+    rows = torch.empty(3, n, dtype=torch.float32, device=logps.device)
     sums = metrics = None
     if bounds is not None:
         sums = rows.new_empty((sequences, _cuda.ppo_row_parts(n, sequences), SUMS), dtype=torch.float64)

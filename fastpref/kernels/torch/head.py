@@ -18,6 +18,7 @@ BLOCK, BLOCK_WORKSPACE = 64, 32 * 2**20
 TOKEN_DIM = 0
 STATIC = False
 ROUNDS = False
+SLABS = False
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

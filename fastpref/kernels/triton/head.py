@@ -23,6 +23,7 @@ from fastpref.kernels.triton._score import score_kernel, sums_kernel
 TOKEN_DIM = 0
 STATIC = True
 ROUNDS = False
+SLABS = False
 
 GROUP = 16  # row tiles of a band that runs side by side
 ALIGNED = 64  # columns that the rows of a chunk are padded to
@@ -85,7 +86,7 @@ def score(
     # gathered rows have addresses of their own
     descriptors = config.descriptors and only is None and x.dtype == weight.dtype and _describable(x, weight)
     blocks = triton.cdiv(vocab_size, config.columns * config.tiles)
-    parts = torch.empty(blocks, len(Sums._fields), n, device=x.device)
+    parts = torch.empty(blocks, len(Sums._fields), n, dtype=torch.float32, device=x.device)
     sums = torch.empty(len(Sums._fields), n, dtype=torch.float64, device=x.device)
     if not n:
         return Sums(*sums)
@@ -142,7 +143,7 @@ def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: 
     # another dtype would have to be converted, a whole copy of the weight
     if config.library and chunk.is_cuda and weight.dtype == dtype == chunk.dtype:
         return _product(chunk[:n], weight).mul_(factor[:, None])
-    out = torch.empty(n, hidden_size, device=weight.device)
+    out = torch.empty(n, hidden_size, dtype=torch.float32, device=weight.device)
     tile = config.d_hidden
     grid = (triton.cdiv(n, tile.rows) * triton.cdiv(hidden_size, tile.columns),)
     with _on(weight):

@@ -26,8 +26,8 @@ def selective_logps(
     """
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     m, vocab_size = logits.shape
-    z_y = torch.empty(m, device=logits.device)
-    parts = torch.empty(len(Sums._fields), m, device=logits.device)
+    z_y = torch.empty(m, dtype=torch.float32, device=logits.device)
+    parts = z_y.new_empty(len(Sums._fields), m)
     if m:
         with _on(logits):
             selective_sums_kernel[(m,)](
