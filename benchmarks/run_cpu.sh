@@ -26,7 +26,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 kernel=$("$PYTHON" -c 'from fastpref.kernels.cpu.head import isa; print(isa())') || exit 1
 
 bench() { "$PYTHON" -m fastpref bench --device cpu "$@"; }
-rows() { echo "--rounds 5 --longest 15 --json $file"; }  # one contender is given 15 s, or one round
+rows() { echo "--rounds 5 --longest 10 --json $file"; }  # one contender is given 10 s, or one round
 
 head() { bench head --loss dpo ppo --dtype bfloat16 $(rows); }
 fp32() { bench head --loss dpo ppo --dtype float32 $(rows); }
