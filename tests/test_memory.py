@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastpref import linear_logps
+from fastpref.kernels import memory
 from fastpref.kernels.memory import recycled
 from tests._oracle import assert_same_bits, head, upstream
 
@@ -36,6 +37,16 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
     assert third.data_ptr() == where
     larger = fresh(3 * ROWS).fill_(1.0)
     assert larger.numel() == 3 * ROWS * 64 and larger.data_ptr() != where
+
+
+def test_nothing_stays_where_nothing_may(monkeypatch):
+    monkeypatch.setattr(memory, "_most", memory._most)  # put back afterwards
+    used = fresh()
+    memory.keep_at_most(0)
+    del used
+    assert not memory._idle
+    x = torch.empty(ROWS, 64, dtype=torch.bfloat16)
+    assert recycled(x) is x
 
 
 def test_small_ones_and_very_large_ones_do_not_stay():

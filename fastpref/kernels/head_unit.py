@@ -27,7 +27,7 @@ from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients, 
 from fastpref.kernels.memory import recycled
 
 SLAB = 3840  # rows of the vocabulary: whole blocks of the C++ kernels' sums, 480, and of their products, 256
-WORKSPACE = 48 * MIB  # more rows at once than fit it with a slab would not stay in a cache
+WORKSPACE = 64 * MIB  # more rows at once than fit it with a slab would not stay in a cache
 
 
 def unit_tile(hidden_size: int, vocab_size: int, dtype: torch.dtype, workspace: int, *, slabs: bool) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 _HUGE_PAGE = 2**21
 _MADV_HUGEPAGE = 14  # linux/mman.h
-_LEAST, _MOST = 2**23, 2**28  # bytes of a buffer that stays
+_LEAST = 2**23  # bytes of a buffer that stays
+_most = 2**28
 _idle: deque[Tensor] = deque(maxlen=1)  # what the last tensor of that size has given back
 
 
@@ -33,7 +34,7 @@ def recycled(x: Tensor) -> Tensor:
     One buffer of up to 256 MiB stays for the next call, where the system would take its pages and give them again,
     zeroed: a tenth of a step of the head on a virtual machine that hands its free pages back to its host.
     """
-    fits = sys.platform == "linux" and x.device.type == "cpu" and _LEAST <= x.nbytes <= _MOST and x.is_contiguous()
+    fits = sys.platform == "linux" and x.device.type == "cpu" and _LEAST <= x.nbytes <= _most and x.is_contiguous()
     # which fills what is not initialised, so that reading it shows
     if not fits or torch.are_deterministic_algorithms_enabled():
         return huge_pages(x)
@@ -46,10 +47,22 @@ def recycled(x: Tensor) -> Tensor:
     if memory is x:
         huge_pages(x)
     lent = (ctypes.c_char * x.nbytes).from_address(memory.data_ptr())  # lives as long as the tensor on it
-    weakref.finalize(lent, _idle.append, memory).atexit = False
+    weakref.finalize(lent, _give_back, memory).atexit = False
     return torch.frombuffer(lent, dtype=x.dtype).view(x.shape)
+
+
+def _give_back(memory: Tensor) -> None:
+    if memory.nbytes <= _most:
+        _idle.append(memory)
 
 
 def release() -> None:
     """Gives the buffer that stays back to the system."""
     _idle.clear()
+
+
+def keep_at_most(nbytes: int) -> None:
+    """A larger buffer does not stay from here on; 0: none does."""
+    global _most
+    _most = nbytes
+    release()

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
 
+from fastpref.kernels import memory
 from fastpref.trainer import report
 from fastpref.trainer.batches import items_of_step
 from fastpref.trainer.checkpoint import last_whole, load_state, save_state, write_whole
@@ -131,6 +132,7 @@ def open_run(
             `where_to_start` refuse.
     """
     o = options
+    memory.keep_at_most(0)  # a step's memory is highest outside of the head, where a buffer that stays would add to it
     accelerator = start(o)
     say = partial(accelerator.print, flush=True)
     resumed = where_to_start(accelerator, o)
