@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fastpref.kernels import why_not
-from fastpref.kernels.head import MIB, accumulator, chunk_dtype, chunk_tokens, default_workspace
+from fastpref.kernels.chunks import MIB, accumulator, chunk_dtype, chunk_tokens, default_workspace
 from fastpref.kernels.head_gradients import tile_formed_again
 from fastpref.kernels.head_unit import unit_tile
 from fastpref.losses._protocol import COUPLINGS

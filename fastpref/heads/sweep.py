@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastpref import kernels
 from fastpref.heads.plan import why_not_in_forward
+from fastpref.kernels import chunks
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
 from fastpref.kernels.memory import huge_pages, recycled
@@ -52,7 +53,7 @@ def way_of(flat: _head.FlatHead, couples: str, *, frozen_too: bool = False) -> W
     if rows_of_one_chunk(flat):
         return Way(False)
     hidden_size = flat.weight.shape[1]
-    rows = driver.chunk_tokens(hidden_size, flat.most_rows, flat.hidden.dtype, flat.workspace)
+    rows = chunks.chunk_tokens(hidden_size, flat.most_rows, flat.hidden.dtype, flat.workspace)
     copy = flat.most_rows * hidden_size * flat.inv_temperature.itemsize if flat.weight.requires_grad else 0
     if why_not_in_forward(couples, rows, copy, flat.max_extra_bytes) is not None:
         return Way(False)
@@ -78,7 +79,7 @@ def sweep(
         flat.ignore_index,
         flat.check_finite,
     )
-    capacity = driver.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace)
+    capacity = chunks.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace)
     tensors = flat.hidden, flat.weight, flat.bias, flat.targets, flat.rows, flat.inv_temperature
     shard = _head.shard(flat.group, flat.bounds)
     form = _Form(flat.softcap, flat.logit_scale, flat.deterministic, flat.backend, flat.workspace, capacity, shard)
@@ -123,7 +124,7 @@ class _Sweep(torch.autograd.Function):
         with torch.autocast(problem.hidden.device.type, enabled=False):
             for index, first, last in runs:
                 before, kept = index[: -form.capacity], index[-form.capacity :]
-                parts = driver.split(before, form.capacity)
+                parts = chunks.split(before, form.capacity)
                 scored = [driver.score(run, problem.head, problem.gather(part)) for part in parts]
                 chunk = recycled(run.new_chunk(kept.numel(), problem.head.weight, problem.hidden.dtype))
                 scored.append(driver.score(run, problem.head, problem.gather(kept), chunk))

@@ -12,20 +12,16 @@ A chunk stores F_v = e_v (1 - tanh^2), label entry zero; the label's rank-one te
 head_gradients.py goes on from there.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fastpref.kernels.chunks import ROW_BLOCK, accumulator, most_rows, split
 from fastpref.kernels.shard import Shard, in_order
 
 RESCORE_ABOVE = 2.0**40  # of S'; 27.7 nats
-# columns of a register tile of the C++ kernels, and of one of its vectors: a chunk is padded to the latter
-ROW_BLOCK, SMALL_BLOCK = 48, 16
-MIB = 2**20
 
 
 class Head(NamedTuple):
@@ -88,14 +84,15 @@ class Kernels(Protocol):
     TOKEN_DIM: int  # the dimension of a chunk that the tokens are along; the vocabulary is along the other
     STATIC: bool  # the host never waits for the device: no shape depends on a value
     ROUNDS: bool  # has round_d_weight
-    SLABS: bool  # has score_slab and add_d_hidden
+    SLABS: bool  # has add_d_hidden, and score can go on from sums
 
     def label_dots(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor: ...
 
     def new_chunk(self, n: int, weight: Tensor, dtype: torch.dtype) -> Tensor: ...
 
     # a target of -1 is none of these rows of weight. coefs = (c0, c1): the chunk is F (c0 + c1 d). only (n,) bool, of
-    # STATIC kernels: the other rows, and F of them, are left out
+    # STATIC kernels: the other rows, and F of them, are left out. before, of SLABS kernels: the sums of the rows
+    # of weight in front of these, a multiple of 480; the bits are those of one score
     def score(
         self,
         x: Tensor,
@@ -106,18 +103,7 @@ class Kernels(Protocol):
         chunk: Tensor | None,
         coefs: tuple[Tensor, Tensor] | None,
         only: Tensor | None = None,
-    ) -> Sums: ...
-
-    # of a slab of the vocabulary, whole blocks of whose rows come before it; their sums
-    def score_slab(
-        self,
-        x: Tensor,
-        head: Head,
-        targets: Tensor,
-        anchor: Tensor,
-        inv_temperature: Tensor,
-        chunk: Tensor,
-        before: Sums | None,
+        before: Sums | None = None,
     ) -> Sums: ...
 
     # out += F W
@@ -220,49 +206,6 @@ class Scores(NamedTuple):
     def where(self, counts: Tensor) -> "Scores":
         """0 where a row does not count."""
         return Scores(*(x.masked_fill(~counts, 0) for x in self))
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def chunk_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if dtype.itemsize == 2 else dtype
-
-
-def most_rows(bounds: list[int]) -> int:
-    return max(last - first for first, last in pairwise(bounds))
-
-
-def default_workspace(device: torch.device) -> int:
-    """Bytes for the buffers of one chunk."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 32
-    return 256 * MIB
-
-
-def chunk_tokens(hidden_size: int, vocab_size: int, dtype: torch.dtype, workspace: int, extra: int = 0) -> int:
-    """Rows of a stored chunk, in `extra` bytes and 3/4 of `workspace`, whose rest is for temporaries."""
-    row = vocab_size * chunk_dtype(dtype).itemsize + _beside(hidden_size, vocab_size)
-    rows = (workspace * 3 // 4 + extra) // row
-    block = ROW_BLOCK if rows >= ROW_BLOCK else SMALL_BLOCK
-    return max(SMALL_BLOCK, rows // block * block)
-
-
-def score_tokens(hidden_size: int, vocab_size: int, workspace: int) -> int:
-    """Rows scored at once where no chunk is stored."""
-    rows = workspace * 3 // 4 // _beside(hidden_size, vocab_size)
-    return min(4096, max(ROW_BLOCK, rows // ROW_BLOCK * ROW_BLOCK))
-
-
-def smallest_workspace(vocab_size: int, dtype: torch.dtype) -> int:
-    """Bytes that a chunk of SMALL_BLOCK rows takes."""
-    return SMALL_BLOCK * vocab_size * chunk_dtype(dtype).itemsize
-
-
-def _beside(hidden_size: int, vocab_size: int) -> int:
-    """Bytes a row takes beside its stored chunk: partial sums (40 every 480 columns), and copies of itself."""
-    return vocab_size // 12 + 16 * hidden_size + 64
 
 
 def score(
@@ -401,9 +344,3 @@ def add_in_order(out: Tensor, index: Tensor, rows: Tensor) -> None:
         out.index_put_((index,), rows, accumulate=True)
     else:
         out.index_add_(0, index, rows)
-
-
-def split(index: Tensor, size: int) -> Iterator[Tensor]:
-    """Chunks of `size` and a rest."""
-    if index.numel():
-        yield from index.split(size)

@@ -16,18 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.kernels.head import (
-    SMALL_BLOCK,
-    Head,
-    Kernels,
-    Problem,
-    Rows,
-    Scores,
-    accumulator,
-    chunk_dtype,
-    chunk_tokens,
-    label_logits,
-)
+from fastpref.kernels.chunks import SMALL_BLOCK, accumulator, chunk_dtype, chunk_tokens
+from fastpref.kernels.head import Head, Kernels, Problem, Rows, Scores, label_logits
 from fastpref.kernels.memory import huge_pages
 
 SLAB_BLOCK = 480  # rows of the C++ kernels' blocks of the vocabulary

@@ -10,19 +10,8 @@ chunk of the whole vocabulary, as all do where the kernels have no slabs.
 import torch
 from torch import Tensor
 
-from fastpref.kernels.head import (
-    MIB,
-    Kernels,
-    Problem,
-    Scores,
-    Sums,
-    chunk_tokens,
-    finish,
-    label_anchor,
-    score,
-    split,
-    wants_maximum,
-)
+from fastpref.kernels.chunks import MIB, chunk_tokens, split
+from fastpref.kernels.head import Kernels, Problem, Scores, Sums, finish, label_anchor, score, wants_maximum
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients, add_label_to_hidden, part_of
 from fastpref.kernels.memory import recycled
 
@@ -73,7 +62,7 @@ def _by_slabs(kernels: Kernels, problem: Problem, index: Tensor) -> tuple[Scores
         size = slab.weight.shape[0]
         inside = (rows.targets >= first) & (rows.targets < first + size)
         targets = torch.where(inside, rows.targets - first, -1)
-        sums = kernels.score_slab(rows.x, slab, targets, anchor, rows.inv_temperature, f[:size], sums)
+        sums = kernels.score(rows.x, slab, targets, anchor, rows.inv_temperature, f[:size], None, before=sums)
         kernels.add_d_hidden(f[:size], slab.weight, rows.x.dtype, unit)
     assert sums is not None
     scores = finish(anchor, z_y - anchor.double(), sums, head.vocab_size)

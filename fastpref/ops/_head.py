@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpref.kernels.head import MIB, default_workspace, most_rows, smallest_workspace
+from fastpref.kernels.chunks import MIB, default_workspace, most_rows, smallest_workspace
 from fastpref.kernels.shard import Shard, agree
 from fastpref.ops import _check
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpref import kernels
+from fastpref.kernels import chunks
 from fastpref.kernels import head as driver
 from fastpref.kernels.reference.label_margin import label_margin as reference
 from fastpref.ops import _head
@@ -55,7 +56,7 @@ def _op(
     head = driver.Head(weight, bias, softcap, logit_scale, workspace, shard=_head.shard(group, bounds))
     problem = driver.Problem(hidden, head, targets, rows, inv_temperature)
     out = torch.zeros_like(mean_logits)
-    for part in driver.split((targets != ignore_index).nonzero()[:, 0], ROWS):
+    for part in chunks.split((targets != ignore_index).nonzero()[:, 0], ROWS):
         z_y, _ = driver.label_logits(run, head, problem.gather(part))
         if head.shard is not None:
             z_y = head.shard.total(z_y)
@@ -112,7 +113,7 @@ def _backward_op(
         of_hidden = slope.new_zeros(hidden.shape)
         slabs = weight.split(ROWS)
         mean = torch.stack([w.to(hidden.dtype).sum(0, dtype=torch.float64) for w in slabs]).sum(0) / vocab_size
-        for part in driver.split(index, ROWS):
+        for part in chunks.split(index, ROWS):
             y = own[part, None]
             w_y = torch.where(y >= 0, weight[y[:, 0].clamp(min=0)].to(hidden.dtype), 0.0)
             above = (w_y - mean).to(slope.dtype)

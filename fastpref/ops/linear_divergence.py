@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import kernels
+from fastpref.kernels.chunks import default_workspace, most_rows
 from fastpref.kernels.divergence import Form, Side
-from fastpref.kernels.head import default_workspace, most_rows
 from fastpref.kernels.reference.linear_divergence import linear_divergence as reference
 from fastpref.kernels.shard import agree
 from fastpref.ops import _check, _head

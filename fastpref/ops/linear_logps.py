@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref import kernels
+from fastpref.kernels import chunks
 from fastpref.kernels import head as driver
 from fastpref.kernels.head_gradients import Gradients, Upstream, add_gradients
 from fastpref.kernels.head_unit import unit_scores, unit_tile
@@ -125,7 +126,7 @@ def token_outputs(
 
 def rows_of_one_chunk(flat: _head.FlatHead, extra: int = 0) -> int:
     """Rows of a chunk that holds every live target, 0 if `workspace` and `extra` bytes have no room for it."""
-    fits = driver.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace, extra)
+    fits = chunks.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace, extra)
     count = flat.targets.numel()
     if not _head.recorded(flat.targets):
         # where counting waits for the device, only if all of the targets do not fit: it may save a pass
@@ -173,13 +174,13 @@ def _op(
     else:
         where = targets, rows, inv_temperature, ignore_index, check_finite
         index = _head.kept_index(fn, "hidden", hidden, head.vocab_size, *where)
-    dtype = driver.accumulator(hidden.dtype)
+    dtype = chunks.accumulator(hidden.dtype)
     out = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
     top1 = hidden.new_zeros(targets.shape, dtype=torch.bool)
     state = hidden.new_zeros((4, targets.numel()), dtype=dtype)
     unit = hidden.new_zeros((targets.numel() if unit_d_hidden else 0, hidden.shape[1]), dtype=dtype)
     kept = recycled(run.new_chunk(keep_rows, weight, hidden.dtype)) if keep_rows else hidden.new_empty(0)
-    size = keep_rows or driver.score_tokens(weight.shape[1], head.most_rows, workspace)
+    size = keep_rows or chunks.score_tokens(weight.shape[1], head.most_rows, workspace)
     if unit_d_hidden:
         _, size = unit_tile(weight.shape[1], head.most_rows, hidden.dtype, workspace, slabs=run.SLABS and shard is None)
     tiles = -(-index.numel() // size)
@@ -203,7 +204,7 @@ def _op(
 @_op.register_fake
 def _(fn: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, backend, _, _, unit_d_hidden, keep_rows, _ = rest
-    dtype = driver.accumulator(hidden.dtype)
+    dtype = chunks.accumulator(hidden.dtype)
     out = [hidden.new_empty(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]
     top1 = hidden.new_empty(targets.shape, dtype=torch.bool)
     state = hidden.new_empty((4, targets.shape[0]), dtype=dtype)

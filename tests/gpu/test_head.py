@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastpref import kernels, linear_cross_entropy, linear_logps, linear_policy_loss, linear_preference_loss, plan
-from fastpref.kernels.head import default_workspace
+from fastpref.kernels.chunks import default_workspace
 from tests import _oracle
 from tests._oracle import IGNORE, OPTIONS, assert_logps, assert_same_bits, head, option_case, upstream
 

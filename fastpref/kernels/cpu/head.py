@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastpref import _cpu
+from fastpref.kernels.chunks import chunk_dtype
 from fastpref.kernels.cpu._isa import DTYPES, isa
-from fastpref.kernels.head import Head, Sums, chunk_dtype
+from fastpref.kernels.head import Head, Sums
 from fastpref.kernels.head import add_rows as add_rows
 from fastpref.kernels.head import order_of as order_of
 
@@ -56,26 +57,7 @@ def score(
     inv_temperature: Tensor,
     chunk: Tensor | None,
     coefs: tuple[Tensor, Tensor] | None,
-) -> Sums:
-    return _score(x, head, targets, anchor, inv_temperature, chunk, coefs, None)
-
-
-def score_slab(
-    x: Tensor, head: Head, targets: Tensor, anchor: Tensor, inv_temperature: Tensor, chunk: Tensor, before: Sums | None
-) -> Sums:
-    """`before`: of the rows of the weight in front of these, a multiple of 480; the bits are those of one score."""
-    return _score(x, head, targets, anchor, inv_temperature, chunk, None, before)
-
-
-def _score(
-    x: Tensor,
-    head: Head,
-    targets: Tensor,
-    anchor: Tensor,
-    inv_temperature: Tensor,
-    chunk: Tensor | None,
-    coefs: tuple[Tensor, Tensor] | None,
-    before: Sums | None,
+    before: Sums | None = None,
 ) -> Sums:
     weight, (n, hidden_size) = head.weight, x.shape
     bias = None if head.bias is None else head.bias.float().contiguous()

@@ -8,7 +8,8 @@ With `deterministic` a library GEMM always sees blocks of one size, so a row's b
 import torch
 from torch import Tensor
 
-from fastpref.kernels.head import SMALL_BLOCK, Head, Sums, accumulator, chunk_dtype
+from fastpref.kernels.chunks import SMALL_BLOCK, accumulator, chunk_dtype
+from fastpref.kernels.head import Head, Sums
 from fastpref.kernels.head import add_rows as add_rows
 from fastpref.kernels.head import order_of as order_of
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.kernels.chunks import chunk_dtype
 from fastpref.kernels.divergence import Form, Side
-from fastpref.kernels.head import chunk_dtype
 from fastpref.kernels.shard import Shard
 from fastpref.kernels.torch.head import _product, _slabs
 

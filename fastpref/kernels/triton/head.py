@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpref.kernels.head import Head, Sums, chunk_dtype
+from fastpref.kernels.chunks import chunk_dtype
+from fastpref.kernels.head import Head, Sums
 from fastpref.kernels.triton import configs
 from fastpref.kernels.triton._products import d_bias_kernel, d_hidden_kernel, d_weight_kernel
 from fastpref.kernels.triton._rows import add_rows_kernel, label_dots_kernel
