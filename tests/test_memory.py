@@ -18,6 +18,13 @@ pytestmark = [  # under deterministic algorithms nothing is used again
 ]
 
 
+@pytest.fixture(autouse=True)
+def what_nobody_has_used(monkeypatch):
+    """The limit of a process in which no trainer has run, and no buffer of an earlier test."""
+    monkeypatch.setattr(memory, "_most", 2**28)
+    memory.release()
+
+
 def fresh(rows=ROWS):
     return recycled(torch.empty(rows, 64, dtype=torch.bfloat16))
 
@@ -39,8 +46,7 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
     assert larger.numel() == 3 * ROWS * 64 and larger.data_ptr() != where
 
 
-def test_nothing_stays_where_nothing_may(monkeypatch):
-    monkeypatch.setattr(memory, "_most", memory._most)  # put back afterwards
+def test_nothing_stays_where_nothing_may():
     used = fresh()
     memory.keep_at_most(0)
     del used
