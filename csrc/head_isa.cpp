@@ -222,14 +222,14 @@ void d_weight(const Product& g, int threads) {
       float* const out = g.rounded ? all_products.data + omp_get_thread_num() * MC * H : g.out + v * H;
       const Rows<Op, T> f(stored.from(v), rows, round_up(rows, MR), n, g.stride, scratch);
       Ahead next(stored.from(v + MC), smaller(V - v - MC, MC), n, panels);
-      // once at least: without a token the product is 0
-      for (int64_t k = 0; k == 0 || k < steps; k += KB)
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          if (k == 0) next.ask();
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        next.ask();
+        // once at least: without a token the product is 0
+        for (int64_t k = 0; k == 0 || k < steps; k += KB)
           for (int64_t i = 0; i < rows; i += MR)
             tile_into<Op>(smaller(steps - k, KB), f.data + i * f.stride + k, f.stride, Op::STEP, x.data + (panel * steps + k) * NR,
                           out + i * H + panel * NR, H, rows - i, H - panel * NR, g.accumulate || k > 0);
-        }
+      }
       if (g.rounded) labels.finish(out, v, rows);
     }
   }

@@ -11,7 +11,7 @@ from torch import Tensor
 _HUGE_PAGE = 2**21
 _MADV_HUGEPAGE = 14  # linux/mman.h
 _LEAST = 2**23  # bytes of a buffer that stays
-_most = 2**28
+_most = 2**29
 _idle: deque[Tensor] = deque(maxlen=1)  # what the last tensor of that size has given back
 
 
@@ -31,7 +31,7 @@ def huge_pages(x: Tensor) -> Tensor:
 def recycled(x: Tensor) -> Tensor:
     """As `x`, whose memory nobody has touched yet, in the memory of an earlier one that is no longer used.
 
-    One buffer of up to 256 MiB stays for the next call, where the system would take its pages and give them again,
+    One buffer of up to 512 MiB stays for the next call, where the system would take its pages and give them again,
     zeroed: a tenth of a step of the head on a virtual machine that hands its free pages back to its host.
     """
     fits = sys.platform == "linux" and x.device.type == "cpu" and _LEAST <= x.nbytes <= _most and x.is_contiguous()

@@ -78,7 +78,7 @@ def linear_logps(  # type: ignore[misc]  # the options written out once, here
             Triton kernels four and eleven, for they do not wait to see which rows need scoring again). All must make
             the same calls. Not within torch.compile(fullgraph=True).
         workspace: bytes for the buffers of a chunk. None: 256 MiB on CPU, 1/32 of the memory of a GPU. On a CPU one
-            buffer of at most 256 MiB stays for the next call.
+            buffer of at most 512 MiB stays for the next call.
         max_extra_bytes: no effect here, where no second copy of the weight's gradient is ever kept.
         deterministic: fixed GEMM blocks on the torch backend; the C++ kernels always have them.
         check_finite: refuse NaN or infinite hidden, and on CUDA check targets (this waits for the device).
