@@ -196,7 +196,7 @@ def test_text_is_tokenized_whole_and_ends_with_eos(tokenizer):
     assert pair.prompt_ids + pair.rejected_ids == tokenizer(ROW["prompt"] + ROW["rejected"])["input_ids"] + eos
     assert tokenizer.decode(pair.rejected_ids) == " No.</s>"
     assert (report.rows, report.kept, report.truncated, report.shifted, report.dropped) == (1, 1, 0, 0, {})
-    assert report.chosen_tokens == len(pair.chosen_ids) and report.prompt_tokens == len(pair.prompt_ids)
+    assert report.tokens == {name: len(getattr(pair, f"{name}_ids")) for name in ("prompt", "chosen", "rejected")}
 
 
 def test_eos_is_not_doubled(tokenizer):

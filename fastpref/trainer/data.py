@@ -8,18 +8,19 @@ The row formats, and where a completion starts, are those of TRL 1.16's DPOTrain
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastpref.trainer.collate import PromptAndCompletion
 from fastpref.trainer.data_files import load_rows, place_of
+from fastpref.trainer.data_report import DataReport
 from fastpref.trainer.encode import common_prefix, encode, is_empty, kind_of, scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Pair", "TokenizeReport", "load_preferences", "pair_columns", "sequences_of", "tokenize_pairs"]
+__all__ = ["Pair", "load_preferences", "pair_columns", "sequences_of", "tokenize_pairs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +44,6 @@ def sequences_of(pairs: Sequence[Pair]) -> list[PromptAndCompletion]:
     return chosen + [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
 
 
-@dataclass
-class TokenizeReport:
-    """What `tokenize_pairs` kept, cut and dropped. `str()` is one paragraph for the user."""
-
-    rows: int = 0
-    kept: int = 0
-    truncated: int = 0  # kept pairs with a completion cut at max_length
-    shifted: int = 0  # kept pairs whose completion starts before the end of the tokenized prompt
-    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> row indices
-    prompt_tokens: float = 0.0  # means over the kept pairs, as are the next two
-    chosen_tokens: float = 0.0
-    rejected_tokens: float = 0.0
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.kept} of {self.rows} rows kept; mean tokens: prompt {self.prompt_tokens:.1f}, "
-            f"chosen {self.chosen_tokens:.1f}, rejected {self.rejected_tokens:.1f}."
-        ]
-        if self.truncated:
-            parts.append(f"{self.truncated} cut to max_length.")
-        if self.shifted:
-            parts.append(
-                f"In {self.shifted} the last tokens of the prompt differ once a completion follows "
-                "(they merge, or the chat template renders them differently) and count as completion."
-            )
-        parts += [
-            f"{len(rows)} dropped: {reason} (first: row {rows[0]})." for reason, rows in sorted(self.dropped.items())
-        ]
-        return " ".join(parts)
-
-
 def pair_columns(names: Sequence[str]) -> str | None:
     """None if rows of these columns hold pairs, else what is wanted."""
     wanted = "chosen and rejected, and prompt unless both start with it"
@@ -89,7 +59,7 @@ def tokenize_pairs(
     *,
     max_length: int | None = 1024,
     too_long: Literal["cut", "drop"] = "cut",
-) -> tuple[list[Pair], TokenizeReport]:
+) -> tuple[list[Pair], DataReport]:
     """Pairs of token ids, in the order of the rows, and a report of what was cut or dropped.
 
     A row holds chosen and rejected, each a text or a list of messages, and usually prompt of the same kind. Without a
@@ -114,34 +84,29 @@ def tokenize_pairs(
     if max_length is not None and max_length < 2:
         raise ValueError(f"tokenize_pairs: max_length must be None or at least 2; got {max_length}")
     pairs: list[Pair] = []
-    report = TokenizeReport()
+    report = DataReport()
     for index, row in enumerate(rows):
         report.rows += 1
         where = f"tokenize_pairs: {place_of(rows, index)}"
         prompt, chosen, rejected = split_pair(row, where)
         if is_empty(chosen) or is_empty(rejected):
-            report.dropped.setdefault("an empty completion", []).append(index)
+            report.drop(index, "an empty completion")
             continue
         prompt_ids, (chosen_ids, rejected_ids), shifted = encode(prompt, (chosen, rejected), tokenizer, row, where)
         whole = Pair(prompt_ids, chosen_ids, rejected_ids, _margin(row, where))
         pair = _truncate(whole, max_length)
         if pair != whole and too_long == "drop":
-            report.dropped.setdefault(f"longer than max_length={max_length}", []).append(index)
+            report.drop(index, f"longer than max_length={max_length}")
             continue
         if not scored(pair.prompt_ids, pair.chosen_ids) or not scored(pair.prompt_ids, pair.rejected_ids):
-            report.dropped.setdefault(f"no completion token within max_length={max_length}", []).append(index)
+            report.drop(index, f"no completion token within max_length={max_length}")
         elif pair.chosen_ids == pair.rejected_ids:
-            report.dropped.setdefault("chosen and rejected identical", []).append(index)
+            report.drop(index, "chosen and rejected identical")
         else:
             pairs.append(pair)
             report.truncated += pair != whole
             report.shifted += shifted
-    report.kept = len(pairs)
-    if not pairs:
-        raise ValueError(f"tokenize_pairs: rows must hold at least one usable pair; {report}")
-    report.prompt_tokens = sum(len(p.prompt_ids) for p in pairs) / len(pairs)
-    report.chosen_tokens = sum(len(p.chosen_ids) for p in pairs) / len(pairs)
-    report.rejected_tokens = sum(len(p.rejected_ids) for p in pairs) / len(pairs)
+    report.close(pairs, "tokenize_pairs: rows must hold at least one usable pair", "prompt", "chosen", "rejected")
     return pairs, report
 
 

@@ -7,11 +7,12 @@ The row formats, and where a completion starts, are those of TRL 1.16's SFTTrain
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastpref.trainer.data import split_pair
 from fastpref.trainer.data_files import place_of
+from fastpref.trainer.data_report import DataReport
 from fastpref.trainer.encode import (
     common_prefix,
     encode,
@@ -49,39 +50,6 @@ class Example:
         return n if self.learned is None else sum(self.learned[len(self.completion_ids) - n :])
 
 
-@dataclass
-class ExampleReport:
-    """What was kept, cut and dropped. `str()` is one paragraph for the user."""
-
-    rows: int = 0
-    kept: int = 0
-    truncated: int = 0
-    shifted: int = 0  # kept examples whose completion starts before the end of the tokenized prompt
-    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> row indices
-    prompt_tokens: float = 0.0  # means over the kept examples
-    completion_tokens: float = 0.0
-    desirable: int | None = None  # of the kept, where they are labelled
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.kept} of {self.rows} rows kept; mean tokens: prompt {self.prompt_tokens:.1f}, "
-            f"completion {self.completion_tokens:.1f}."
-        ]
-        if self.desirable is not None:
-            parts.append(f"{self.desirable} desirable, {self.kept - self.desirable} undesirable.")
-        if self.truncated:
-            parts.append(f"{self.truncated} cut to max_length.")
-        if self.shifted:
-            parts.append(
-                f"In {self.shifted} the last tokens of the prompt differ once a completion follows "
-                "(they merge, or the chat template renders them differently) and count as completion."
-            )
-        parts += [
-            f"{len(rows)} dropped: {reason} (first: row {rows[0]})." for reason, rows in sorted(self.dropped.items())
-        ]
-        return " ".join(parts)
-
-
 def example_columns(names: Sequence[str], *, text_field: str = "text") -> str | None:
     """None if rows of these columns are for `sft`, else what is wanted."""
     there = text_field in names or "messages" in names or {"prompt", "completion"} <= {*names}
@@ -102,7 +70,7 @@ def tokenize_examples(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     text_field: str = "text",
-) -> tuple[list[Example], ExampleReport]:
+) -> tuple[list[Example], DataReport]:
     """Examples for `sft`, in the order of the rows, and a report of what was cut or dropped.
 
     A row holds prompt and completion, both text or both messages; or messages; or text. Text ends with EOS, a
@@ -156,7 +124,7 @@ def tokenize_examples(
 
 def tokenize_labelled(
     rows: Iterable[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", *, max_length: int | None = 1024
-) -> tuple[list[Example], ExampleReport]:
+) -> tuple[list[Example], DataReport]:
     """Examples for `kto`, in the order of the rows, and a report of what was cut or dropped.
 
     A row holds prompt, completion (both text or both messages) and label, true if the completion is desirable. Pairs
@@ -195,7 +163,7 @@ class _Kept:
             raise ValueError(f"{fn}: max_length must be None or at least 2; got {max_length}")
         self.fn, self.max_length = fn, max_length
         self.examples: list[Example] = []
-        self.report = ExampleReport()
+        self.report = DataReport()
 
     def add(
         self,
@@ -229,16 +197,13 @@ class _Kept:
 
     def drop(self, index: int, reason: str) -> None:
         self.report.rows += 1
-        self.report.dropped.setdefault(reason, []).append(index)
+        self.report.drop(index, reason)
 
-    def all(self) -> tuple[list[Example], ExampleReport]:
-        report, n = self.report, len(self.examples)
-        report.kept = n
-        if not n:
-            raise ValueError(f"{self.fn}: rows must hold at least one usable example; {report}")
-        report.prompt_tokens = sum(len(e.prompt_ids) for e in self.examples) / n
-        report.completion_tokens = sum(len(e.completion_ids) for e in self.examples) / n
-        return self.examples, report
+    def all(self) -> tuple[list[Example], DataReport]:
+        self.report.close(
+            self.examples, f"{self.fn}: rows must hold at least one usable example", "prompt", "completion"
+        )
+        return self.examples, self.report
 
 
 def _turns(

@@ -1,12 +1,13 @@
 """Prompts to complete: rows with a `prompt`, text or messages, whose other columns go to the reward functions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.trainer.data_files import place_of
+from fastpref.trainer.data_report import DataReport
 from fastpref.trainer.demo import demo_pairs
 from fastpref.trainer.encode import encode_chat, encode_text, kind_of, template_options
 from fastpref.trainer.options import TrainOptions
@@ -26,21 +27,6 @@ class Prompt:
         return len(self.prompt_ids)
 
 
-@dataclass
-class PromptReport:
-    """What `tokenize_prompts` kept and dropped. `str()` is for the user."""
-
-    rows: int = 0
-    kept: int = 0
-    tokens: float = 0.0  # mean over the kept
-    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> row indices
-
-    def __str__(self) -> str:
-        parts = [f"{self.kept} of {self.rows} prompts kept; mean tokens {self.tokens:.1f}."]
-        parts += [f"{len(rows)} dropped: {why} (first: row {rows[0]})." for why, rows in sorted(self.dropped.items())]
-        return " ".join(parts)
-
-
 def prompt_columns(names: Sequence[str]) -> str | None:
     """None if a row has these columns and a prompt among them, else what is wanted."""
     return None if "prompt" in names else "prompt"
@@ -52,14 +38,14 @@ def tokenize_prompts(
     *,
     max_length: int | None,
     distinct: bool = False,
-) -> tuple[list[Prompt], PromptReport]:
+) -> tuple[list[Prompt], DataReport]:
     """Prompts as token ids, in the order of the rows; messages end where the assistant's answer begins.
 
     max_length: of a prompt, tokens; longer ones are dropped and counted, as are those without a token.
     distinct: repeated rows are too.
     """
     prompts: list[Prompt] = []
-    report, seen = PromptReport(), set()
+    report, seen = DataReport(), set()
     for index, row in enumerate(rows):
         report.rows += 1
         prompt, where = row["prompt"], f"tokenize_prompts: {place_of(rows, index)}"
@@ -79,11 +65,8 @@ def tokenize_prompts(
             seen.add(key)
             prompts.append(Prompt(prompt, ids, {name: value for name, value in row.items() if name != "prompt"}))
             continue
-        report.dropped.setdefault(reason, []).append(index)
-    report.kept = len(prompts)
-    if not prompts:
-        raise ValueError(f"tokenize_prompts: rows must hold at least one usable prompt; {report}")
-    report.tokens = sum(prompt.n_tokens for prompt in prompts) / len(prompts)
+        report.drop(index, reason)
+    report.close(prompts, "tokenize_prompts: rows must hold at least one usable prompt", "prompt")
     return prompts, report
 
 
