@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from fastpref.trainer.demo import _cached
+from fastpref.trainer.cache import cached
 
 PACKAGE, FILE = "llamafactory==0.9.5", "data/dpo_en_demo.json"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -21,7 +21,7 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 def chat_pairs() -> list[dict[str, list[dict[str, str]]]]:
     """Rows in the order of the file, in the form that TRL and fastpref read: lists of messages."""
-    with (_cached("chat-pairs", _fetch, None) / Path(FILE).name).open(encoding="utf-8") as file:
+    with (cached("chat-pairs", _fetch) / Path(FILE).name).open(encoding="utf-8") as file:
         rows = json.load(file)
     return [
         {

@@ -14,7 +14,7 @@ import peft
 from fastpref import __version__
 from fastpref.trainer import dpo
 from fastpref.trainer.metrics import read_metrics
-from fastpref.trainer.reference import LogpsCache, cache_folder, fingerprint
+from fastpref.trainer.reference import LogpsCache, fingerprint
 from tests._trainer import TWO_PROCESSES, make_tiny, run_command
 from tests.test_fused_lm_head import tiny
 
@@ -102,14 +102,6 @@ def test_a_run_whose_cache_cannot_be_written_goes_on_in_every_process(tmp_path):
     shown = run_command(dpo.DPOOptions(**small, **sources, **kept), launcher=TWO_PROCESSES)
     assert "cannot be kept in " in shown
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"] == 1
-
-
-def test_cache_folder_is_where_the_environment_says(monkeypatch):
-    monkeypatch.setenv("FASTPREF_CACHE", "/a")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert str(cache_folder()) == "/a/reference"
-    monkeypatch.delenv("FASTPREF_CACHE")
-    assert str(cache_folder()) == "/b/fastpref/reference"
 
 
 def test_second_run_scores_no_reference(tmp_path, monkeypatch, capsys):

