@@ -14,7 +14,8 @@ import peft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.trainer import cli
-from fastpref.trainer.eval import EvalOptions, Figure, best_of, evaluate, load, table, win_rates, write
+from fastpref.trainer.eval import EvalOptions, evaluate, load
+from fastpref.trainer.figures import Figure, best_of, table, win_rates, write
 from tests._trainer import make_tiny
 
 
@@ -158,7 +159,7 @@ def test_command_writes_json(tuned, tmp_path, capsys):
 
 def test_a_figure_without_an_error_is_null_in_json(tuned, tmp_path):
     given = options(tuned, max_samples=1, max_prompts=0)
-    write(tmp_path / "eval.json", given, evaluate(given))
+    write(tmp_path / "eval.json", vars(given), evaluate(given))
     written = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
     assert written["policy"]["loss"]["error"] is None
     assert written["policy"]["loss"]["n"] == 1 and written["policy"]["loss"]["mean"] > 0
@@ -175,11 +176,19 @@ def test_a_malformed_row_is_named_by_file_and_line(tuned, tmp_path):
         load(options(tuned, dataset_name=str(file)), tokenizer)
 
 
-def test_prompts_without_room_are_refused(tuned):
+def test_prompts_without_room_are_refused(tuned, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tuned / "model")
     with pytest.raises(ValueError, match=r"^eval: max_length must leave room for a prompt beside 6 new tokens; got 6$"):
         load(options(tuned, max_length=6), tokenizer)
     assert load(options(tuned, max_length=6, max_prompts=0), tokenizer)[1] == []
+    # where nothing judges samples, none are drawn, and the pairs need no room for one
+    pairs, prompts = load(options(tuned, max_length=6, ref_model_name_or_path=None), tokenizer)
+    assert pairs and not prompts
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a film is"}')
+    alone = {"dataset_name": tmp_path / "prompts.jsonl", "ref_model_name_or_path": None}
+    with pytest.raises(ValueError, match=r"^eval: prompts alone want max_prompts above 0, and reward_funcs, "):
+        load(options(tuned, **alone), tokenizer)
+    assert load(options(tuned, **alone, reward_funcs="tests.test_eval:count_of_good"), tokenizer)[1]
 
 
 @pytest.mark.parametrize(

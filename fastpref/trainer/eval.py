@@ -11,11 +11,9 @@
 Each figure stands beside its standard error over pairs or prompts. Option names are TRL's.
 """
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,8 +31,9 @@ from fastpref.trainer.config import given_options, option, settle
 from fastpref.trainer.data import Pair, pair_columns, sequences_of, tokenize_pairs
 from fastpref.trainer.data_files import Rows, load_rows, place_of, split_to_judge
 from fastpref.trainer.encode import scored
+from fastpref.trainer.figures import Figure, Figures, of_scores, table, win_rates, write
 from fastpref.trainer.packing import enable_packing, pack, packs, through_rows
-from fastpref.trainer.pretrained import from_pretrained
+from fastpref.trainer.pretrained import from_pretrained, is_adapter
 from fastpref.trainer.prompts import Prompt, prompt_columns, room_for_prompt, tokenize_prompts
 from fastpref.trainer.rewards import Rewards
 from fastpref.trainer.rollout import Sample, Sampling, batches, drawn, stop_ids_of
@@ -62,7 +61,9 @@ class EvalOptions:
     loss_type: str = option("sigmoid", "a preference loss")
 
     reward_model_path: str | None = option(None, "a trained reward model, which scores samples")
-    reward_funcs: list[str] | None = option(None, "rewards: module:function, or reward models; their sum counts")
+    reward_funcs: list[str | Callable[..., Any]] | None = option(
+        None, "rewards: module:function, or reward models; their sum counts"
+    )
     reward_weights: list[float] | None = option(None, "weights of several rewards; none: 1 each")
     max_prompts: int = option(64, "prompts to complete; 0: none")
     num_generations: int = option(4, "completions of a prompt by either model")
@@ -74,7 +75,7 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         settle(self)
-        for name in "max_samples num_generations max_completion_length per_device_eval_batch_size".split():
+        for name in "max_samples max_length num_generations max_completion_length per_device_eval_batch_size".split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"eval: {name} must be at least 1; got {getattr(self, name)}")
         if self.max_prompts < 0:
@@ -85,24 +86,15 @@ class EvalOptions:
             if getattr(self, name) is None:
                 raise ValueError(f"eval: {name.removesuffix('_name')} must be given; got none")
 
+    @property
+    def sources(self) -> list[Any]:
+        """What scores samples."""
+        return [*([self.reward_model_path] if self.reward_model_path else []), *(self.reward_funcs or [])]
 
-@dataclass(frozen=True)
-class Figure:
-    """A mean, its standard error, and over how many it is."""
-
-    mean: float
-    error: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Figure":
-        """Of independent values (n,); NaN where there is none, and no error of a single one."""
-        n = values.numel()
-        error = float(values.double().std() / math.sqrt(n)) if n > 1 else math.nan
-        return cls(float(values.double().mean()), error, n)
-
-
-Figures = dict[str, Figure]
+    @property
+    def has_reference(self) -> bool:
+        """A model of its own, or the one under the adapter."""
+        return self.ref_model_name_or_path is not None or is_adapter(str(self.model_name_or_path))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -113,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     found = evaluate(options)
     print(table(found))
     if options.output_file:
-        write(Path(options.output_file), options, found)
+        write(Path(options.output_file), vars(options), found)
     return 0
 
 
@@ -126,15 +118,13 @@ def evaluate(options: EvalOptions) -> dict[str, Figures]:
     assert o.model_name_or_path is not None
     tokenizer = from_pretrained(AutoTokenizer, o.model_name_or_path, "eval")
     pairs, prompts = load(o, tokenizer)
-    sources = [*([o.reward_model_path] if o.reward_model_path else []), *(o.reward_funcs or [])]
-    score = (
-        Rewards(sources, o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size) if sources else None
-    )
+    how = o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size
+    score = Rewards(o.sources, *how) if o.sources else None
     both = Both(o, tokenizer, state.device)
     found: dict[str, Figures] = {"policy": {}, "reference": {}}
     if pairs:
         found["policy"] |= of_pairs(o, both, pairs)
-    if prompts and (score or both.has_reference):
+    if prompts:
         policy, reference = of_samples(o, both, prompts, score)
         found["policy"] |= policy
         found["reference"] |= reference
@@ -142,7 +132,11 @@ def evaluate(options: EvalOptions) -> dict[str, Figures]:
 
 
 def load(o: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Pair], list[Prompt]]:
-    """Pairs, of rows that have both answers, and the distinct prompts to complete, of rows that name one."""
+    """Pairs, of rows that have both answers, and the distinct prompts to complete where something judges the samples.
+
+    Raises:
+        ValueError: the rows hold neither.
+    """
 
     def columns(names: Sequence[str]) -> str | None:
         return None if pair_columns(names) is None else prompt_columns(names)
@@ -158,12 +152,17 @@ def load(o: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Pair]
     if pair_columns(list(rows[0])) is None:
         pairs, told = tokenize_pairs(rows, tokenizer, max_length=o.max_length)
         print(f"pairs     {told}", flush=True)
-    if o.max_prompts and prompt_columns(list(rows[0])) is None:
+    if o.max_prompts and (o.sources or o.has_reference) and prompt_columns(list(rows[0])) is None:
         room = room_for_prompt("eval", o.max_length, o.max_completion_length)
         only = ({key: value for key, value in row.items() if key not in ("chosen", "rejected")} for row in rows)
         rows = Rows(zip(rows.places, only, strict=True))
         prompts, asked = tokenize_prompts(rows, tokenizer, max_length=room, distinct=True)
         print(f"prompts   {asked}", flush=True)
+    if not pairs and not prompts:
+        raise ValueError(
+            "eval: prompts alone want max_prompts above 0, and reward_funcs, reward_model_path or "
+            f"ref_model_name_or_path to judge samples by; got max_prompts {o.max_prompts}, sources {o.sources}"
+        )
     return pairs, prompts[: o.max_prompts]
 
 
@@ -175,9 +174,7 @@ class Both:
         self._options, self._tokenizer, self._device = o, tokenizer, device
         assert o.model_name_or_path is not None
         self._policy = self._load(o.model_name_or_path)
-        self._adapted = hasattr(self._policy, "disable_adapter")
         self._reference = self._load(o.ref_model_name_or_path) if o.ref_model_name_or_path else None
-        self.has_reference = self._reference is not None or self._adapted
 
     @contextmanager
     def model(self, side: str) -> Iterator[Any]:
@@ -213,7 +210,7 @@ class Both:
             return drawn(model, prompts, wanted, how, o.seed, ["policy", "reference"].index(side))
 
     def _load(self, name: str) -> Any:
-        auto = AutoPeftModelForCausalLM if (Path(name) / "adapter_config.json").is_file() else AutoModelForCausalLM
+        auto = AutoPeftModelForCausalLM if is_adapter(name) else AutoModelForCausalLM
         model: Any = fused_lm_head(from_pretrained(auto, name, "eval", dtype=getattr(torch, self._options.dtype)))
         if reason := enable_packing(model):
             print(f"padding   {name} reads padded rows: {reason}", flush=True)
@@ -236,7 +233,7 @@ class Both:
 def of_pairs(o: EvalOptions, both: Both, pairs: list[Pair]) -> Figures:
     """Loss, accuracy and margin of the pairs; without a reference, accuracy of the log-probabilities themselves."""
     chosen, rejected = both.logps("policy", sequences_of(pairs)).chunk(2)
-    if not both.has_reference:
+    if not o.has_reference:
         return {"logps/accuracies": Figure.of(chosen > rejected)}
     ref_chosen, ref_rejected = both.logps("reference", sequences_of(pairs)).chunk(2)
     counts = torch.tensor([scored(*sequence) for sequence in sequences_of(pairs)]).chunk(2)
@@ -265,7 +262,7 @@ def of_samples(
     n = o.num_generations
     found: dict[str, Figures] = {"policy": {}, "reference": {}}
     scores: dict[str, Tensor] = {}
-    for side in ["policy", *(["reference"] if both.has_reference else [])]:
+    for side in ["policy", *(["reference"] if o.has_reference else [])]:
         samples = both.draw(side, prompts)
         if score is not None:
             score([prompts[sample.prompt] for sample in samples], samples)
@@ -273,77 +270,10 @@ def of_samples(
             found[side] |= of_scores(scores[side])
         lengths = torch.tensor([len(sample.ids) for sample in samples]).view(-1, n)
         found[side]["tokens"] = Figure.of(lengths.double().mean(1))
-        if side == "policy" and both.has_reference:
+        if side == "policy" and o.has_reference:
             sequences = [(sample.prompt_ids, sample.ids) for sample in samples]
             ratios = both.logps("policy", sequences, o.temperature) - both.logps("reference", sequences, o.temperature)
             found[side]["kl"] = Figure.of(ratios.view(-1, n).mean(1))
     if len(scores) == 2:
         found["policy"]["win_rate"] = Figure.of(win_rates(scores["policy"], scores["reference"]))
     return found["policy"], found["reference"]
-
-
-def of_scores(scores: Tensor) -> Figures:
-    """The mean score, and that of the best of 2, 4, 8, ... samples; scores (prompts, n), NaN where none is known."""
-    whole = scores[~scores.isnan().any(1)]
-    ks = [2**i for i in range(scores.shape[1].bit_length()) if 2**i <= scores.shape[1]]
-    return {"score" if k == 1 else f"best_of_{k}": Figure.of(best_of(whole, k)) for k in ks}
-
-
-def best_of(scores: Tensor, k: int) -> Tensor:
-    """(prompts,) the expected highest of k of a prompt's n scores, drawn without replacement.
-
-    Of the sorted scores the i-th of n is the highest of k in C(i - 1, k - 1) of C(n, k) draws: unbiased for k fresh
-    samples, as pass@k of Chen et al. 2021, arXiv:2107.03374.
-    """
-    n = scores.shape[1]
-    shares = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
-    return scores.double().sort(1).values @ torch.tensor(shares, dtype=torch.float64)
-
-
-def win_rates(policy: Tensor, reference: Tensor) -> Tensor:
-    """(prompts,) the share of (policy sample, reference sample) that the policy wins, half of the ties included.
-
-    Scores (prompts, n); a prompt with a score that is not known is left out.
-    """
-    known = ~(policy.isnan().any(1) | reference.isnan().any(1))
-    ours, theirs = policy[known, :, None], reference[known, None, :]
-    return ((ours > theirs).double() + 0.5 * (ours == theirs).double()).mean((1, 2))
-
-
-NAMES = {
-    "loss": "loss",
-    "rewards/accuracies": "accuracy",
-    "rewards/margins": "reward margin",
-    "logps/accuracies": "accuracy of log p",
-    "score": "score",
-    "win_rate": "win rate",
-    "kl": "KL to the reference",
-    "tokens": "tokens",
-}
-
-
-def table(found: Mapping[str, Figures]) -> str:
-    """The figures as lines: policy and reference, each with its standard error."""
-    keys = list(dict.fromkeys(key for side in found.values() for key in side))
-    order = sorted(keys, key=lambda key: list(NAMES).index(key) if key in NAMES else list(NAMES).index("score") + 0.5)
-    lines = [f"{'':22}{'model':>20}{'reference':>20}{'of':>8}"]
-    for key in order:
-        cells = [side.get(key) for side in (found["policy"], found["reference"])]
-        n = next(figure.n for figure in cells if figure is not None)
-        shown = "".join(
-            f"{'' if figure is None else f'{figure.mean:.4f} ± {figure.error:.4f}':>20}" for figure in cells
-        )
-        lines.append(f"{NAMES.get(key, key.replace('_', ' ')):22}{shown}{n:>8}")
-    return "\n".join(lines)
-
-
-def write(path: Path, options: EvalOptions, found: Mapping[str, Figures]) -> None:
-    """The figures and the options as JSON, which has no NaN: null where there is no figure."""
-
-    def sound(figure: Figure) -> dict[str, float | None]:
-        return {name: value if math.isfinite(value) else None for name, value in vars(figure).items()}
-
-    figures = {side: {key: sound(figure) for key, figure in of.items()} for side, of in found.items()}
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**figures, "options": given}, indent=1) + "\n")

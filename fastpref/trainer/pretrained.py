@@ -16,3 +16,8 @@ def from_pretrained(auto: Any, name: str, recipe: str, **options: Any) -> Any:
             f"{recipe}: no {what} to be had from {name!r} ({why}). Wanted: a hub name, or a folder with config.json, "
             "weights and the tokenizer's files, as save_pretrained writes them"
         ) from error
+
+
+def is_adapter(name: str | Path) -> bool:
+    """Whether this is the folder of a peft adapter."""
+    return (Path(name) / "adapter_config.json").is_file()

@@ -21,7 +21,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from fastpref.trainer.collate import collate
 from fastpref.trainer.config import name_of
 from fastpref.trainer.metrics import Sums, merged
-from fastpref.trainer.pretrained import from_pretrained
+from fastpref.trainer.pretrained import from_pretrained, is_adapter
 from fastpref.trainer.prompts import Prompt
 from fastpref.trainer.rollout import Sample, batches
 from fastpref.trainer.start import padding_id
@@ -173,9 +172,9 @@ class RewardModel:
     """A trained sequence classifier with one label, read at the last token of prompt + completion."""
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int) -> None:
-        is_adapter = (Path(name) / "adapter_config.json").is_file()
-        auto: Any = AutoPeftModelForSequenceClassification if is_adapter else AutoModelForSequenceClassification
-        model = from_pretrained(auto, name, "RewardModel", **({"num_labels": 1} if is_adapter else {}))
+        adapter = is_adapter(name)
+        auto: Any = AutoPeftModelForSequenceClassification if adapter else AutoModelForSequenceClassification
+        model = from_pretrained(auto, name, "RewardModel", **({"num_labels": 1} if adapter else {}))
         if model.config.num_labels != 1:
             raise ValueError(f"RewardModel: {name} must have one label; got {model.config.num_labels}")
         self._model = model.to(device).eval()

@@ -22,6 +22,8 @@ from peft import PeftConfig, PeftModel, TaskType, load_peft_weights, set_peft_mo
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastpref.trainer.pretrained import is_adapter
+
 ADAPTERS = {"actor": "default", "critic": "critic", "reward": "reward"}
 CRITIC_FILE = "critic.safetensors"
 
@@ -163,7 +165,7 @@ class Roles(nn.Module):
 
 def is_adapter_of(folder: str | Path, base: str) -> bool:
     """Whether a folder holds an adapter that was trained on this model."""
-    if not (Path(folder) / "adapter_config.json").is_file():
+    if not is_adapter(folder):
         return False
     own = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
     return own == base or (Path(own).is_dir() and Path(base).is_dir() and Path(own).samefile(base))
