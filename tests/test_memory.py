@@ -48,11 +48,13 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
 
 def test_nothing_stays_where_nothing_may():
     used = fresh()
-    memory.keep_at_most(0)
-    del used
-    assert not memory._idle
-    x = torch.empty(ROWS, 64, dtype=torch.bfloat16)
-    assert recycled(x) is x
+    with memory.keep_at_most(0):
+        del used
+        assert not memory._idle
+        x = torch.empty(ROWS, 64, dtype=torch.bfloat16)
+        assert recycled(x) is x
+    del x
+    assert recycled(x := torch.empty(ROWS, 64, dtype=torch.bfloat16)) is not x
 
 
 def test_small_ones_and_very_large_ones_do_not_stay():

@@ -228,6 +228,7 @@ def test_plan_reads_a_model(tmp_path):
             r"prompt_length must be in \[0, max_length=1024\)",
         ),
         ({"hidden_size": 1, "vocab_size": 1, "per_device_train_batch_size": 0}, "must be at least 1; got 0"),
+        ({"hidden_size": "wide", "vocab_size": 1}, "^plan: hidden_size: wanted a whole number or none; got 'wide'"),
     ],
 )
 def test_plan_refuses(wrong, message):

@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from fastpref.trainer import demo
+from fastpref.trainer.cache import cache_folder, cached
 from fastpref.trainer.data import tokenize_pairs
 from fastpref.trainer.demo import demo_model, demo_pairs, pair_quotes, split_films
 
@@ -97,8 +98,8 @@ def test_a_split_that_leaves_nothing_raises():
         ("sft", "SFTOptions", "load_examples"),
     ],
 )
-def test_a_split_of_size_0_holds_nothing_out(recipe, options, load, tmp_path, monkeypatch):
-    """It was taken for a fraction, for which the demo holds out 128."""
+def test_the_demo_holds_out_what_was_asked_for(recipe, options, load, tmp_path, monkeypatch):
+    """Any fraction, 0 among them, held out 128."""
     pytest.importorskip("peft")
     from fastpref.trainer.prompts import load_prompts
     from tests._trainer import make_tiny
@@ -109,13 +110,14 @@ def test_a_split_of_size_0_holds_nothing_out(recipe, options, load, tmp_path, mo
         table.writerow(["movie_name", "category", "text"])
         for film in "abc":
             table.writerows([[film, "fresh", f"good {film}"], [film, "rotten", f"bad {film}"]])
-    monkeypatch.setattr(demo, "_cached", lambda *_: tmp_path)
+    monkeypatch.setattr(demo, "cached", lambda *_: tmp_path)
     module = importlib.import_module(f"fastpref.trainer.{recipe}")
-    given = getattr(module, options)(test_split_size=0)
     load = partial(load_prompts, new_tokens=1) if recipe == "grpo" else getattr(module, load)
-    kept, held_out = load(given, transformers.AutoTokenizer.from_pretrained(tmp_path / "model"), print)
-    assert held_out == []
-    assert len(kept) == (6 if recipe == "kto" else 3)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    each = 2 if recipe == "kto" else 1  # of a film
+    for size, films in {0: 0, 0.34: 1}.items():
+        kept, held_out = load(getattr(module, options)(test_split_size=size), tokenizer, print)
+        assert (len(kept), len(held_out)) == ((3 - films) * each, films * each)
 
 
 # the cache
@@ -130,7 +132,7 @@ def test_a_folder_is_built_once(tmp_path):
         (folder / "file").write_text("whole")
 
     with ThreadPoolExecutor(4) as pool:
-        folders = list(pool.map(lambda _: demo._cached("x", build, tmp_path / "cache"), range(4)))
+        folders = list(pool.map(lambda _: cached("x", build, tmp_path / "cache"), range(4)))
     assert len(built) == 1 and set(folders) == {tmp_path / "cache" / "x"}
     assert (folders[0] / "file").read_text() == "whole"
 
@@ -141,14 +143,14 @@ def test_an_interrupted_build_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo._cached("x", interrupted, tmp_path)
+        cached("x", interrupted, tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_a_killed_build_is_not_taken_for_whole(tmp_path):
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial" / "half").write_text("half")
-    folder = demo._cached("x", lambda folder: (folder / "file").write_text("whole"), tmp_path)
+    folder = cached("x", lambda folder: (folder / "file").write_text("whole"), tmp_path)
     assert [path.name for path in folder.iterdir()] == ["file"] and not (tmp_path / "x.partial").exists()
 
 
@@ -156,10 +158,14 @@ def test_the_cache_is_where_it_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTPREF_CACHE", str(tmp_path / "variable"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
-    assert demo._cached("x", lambda folder: None, tmp_path / "argument") == tmp_path / "argument" / "x"
-    assert demo._cached("x", lambda folder: None, None) == tmp_path / "variable" / "x"
+    assert cached("x", lambda folder: None, tmp_path / "argument") == tmp_path / "argument" / "x"
+    assert cached("x", lambda folder: None) == tmp_path / "variable" / "x"
     monkeypatch.delenv("FASTPREF_CACHE")
-    assert demo._cached("x", lambda folder: None, None) == tmp_path / "home" / ".cache" / "fastpref" / "x"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "general"))
+    assert cached("x", lambda folder: None) == tmp_path / "general" / "fastpref" / "x"
+    assert cache_folder() == tmp_path / "general" / "fastpref"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cached("x", lambda folder: None) == tmp_path / "home" / ".cache" / "fastpref" / "x"
 
 
 # fetching

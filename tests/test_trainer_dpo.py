@@ -1,7 +1,6 @@
 """`fastpref dpo` on a random Llama of 17 thousand parameters: what it learns, resumes, saves and refuses."""
 
 import errno
-import math
 import shutil
 import tracemalloc
 from dataclasses import replace
@@ -27,9 +26,9 @@ from fastpref.trainer.batches import items_of_step, my_batches
 from fastpref.trainer.checkpoint import checkpoints
 from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
 from fastpref.trainer.dpo import DPOOptions, load_pairs, train
+from fastpref.trainer.identity import checksum
 from fastpref.trainer.metrics import MetricsLog, read_metrics
 from fastpref.trainer.options import DEMANDING, SCHEDULES
-from fastpref.trainer.run import checksum
 from fastpref.trainer.start import causal_lm, split_by_prompt
 from tests import test_fused_lm_head
 from tests._trainer import (
@@ -270,10 +269,14 @@ def test_a_nonfinite_step_is_left_out_if_asked(tiny, tmp_path, monkeypatch, caps
         return out._replace(loss=out.loss * float("inf")) if sum(n is not None for n in calls) == 2 else out
 
     monkeypatch.setattr(dpo, "linear_preference_loss", breaks_at_step_2)
-    outcome = train(options(tiny, tmp_path, skip_nonfinite=True, max_steps=6))
+    given = {"max_steps": 6, "logging_steps": 1, "lr_scheduler_type": "linear", "learning_rate": 6e-3}
+    outcome = train(options(tiny, tmp_path, skip_nonfinite=True, **given))
     assert "step 2 left out: loss inf, gradient norm " in capsys.readouterr().out
     assert outcome.after["eval_loss"] < outcome.before["eval_loss"]
-    assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line)
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "learning_rate" in line]
+    assert [line["step"] for line in lines if "loss" not in line] == [2]
+    # the schedule ends with the run
+    assert [line["learning_rate"] for line in lines] == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
 
 
 def test_ld_alpha_reads_the_reference_token_by_token(tiny, plain, tmp_path):

@@ -248,6 +248,7 @@ def test_a_step_ends_early_and_the_schedule_goes_on(tiny, tmp_path):
     [
         ({"beta": 0.1, "kl_coef": 0.1}, "the KL counts in the loss (beta) or in the reward (kl_coef), not in both"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"target_kl": 0.0}, "target_kl must be above 0; got 0.0"),
         ({"missing_eos_penalty": 1.0}, "missing_eos_penalty needs a stop token"),
         ({"adaptive_kl_target": 1.0}, "adaptive_kl_target steers kl_coef, and both must be above 0"),
         ({"num_ppo_epochs": 0}, "num_ppo_epochs must be at least 1"),

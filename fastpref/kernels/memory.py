@@ -4,6 +4,8 @@ import ctypes
 import sys
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -61,8 +63,13 @@ def release() -> None:
     _idle.clear()
 
 
-def keep_at_most(nbytes: int) -> None:
-    """A larger buffer does not stay from here on; 0: none does."""
+@contextmanager
+def keep_at_most(nbytes: int) -> Iterator[None]:
+    """Within, no larger buffer stays; 0: none does."""
     global _most
-    _most = nbytes
+    before, _most = _most, nbytes
     release()
+    try:
+        yield
+    finally:
+        _most = before

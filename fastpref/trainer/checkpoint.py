@@ -88,7 +88,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         aside.mkdir(parents=True)
         fill(aside)
         files = {str(path.relative_to(aside)): _size_and_crc(path) for path in aside.rglob("*") if path.is_file()}
-        (aside / MANIFEST).write_text(json.dumps(files, indent=1))
+        (aside / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
         # a rename that reaches the disk before the bytes it names would be a partial checkpoint after a power cut
         for path in aside.rglob("*"):
             _sync(path)
@@ -106,7 +106,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
 def why_broken(folder: Path) -> str | None:
     """None if the checkpoint is whole, else what is wrong with it."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in files.items():
             if _size_and_crc(folder / name) != expected:
                 return f"{name} is not as it was written"

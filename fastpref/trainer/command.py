@@ -8,6 +8,19 @@ from accelerate import PartialState
 
 from fastpref.trainer.config import as_command, given_options
 
+# what a recipe does with neither a model nor a dataset: minutes on two cores, and the held-out loss falls
+DEMO: dict[str, Any] = {
+    "max_steps": 60,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-5,
+    "max_length": 128,
+    "gradient_checkpointing": False,
+    "test_split_size": 96,
+    "logging_steps": 5,
+    "save_steps": 20,
+    "save_total_limit": 1,
+}
+
 
 def run_command(
     options: Any,
@@ -22,14 +35,15 @@ def run_command(
     Args:
         options: the recipe's dataclass.
         description: its first line is shown by `--help`.
-        demo: options that hold where neither a model nor a dataset is given and the line does not say otherwise.
+        demo: what differs from DEMO, whose options hold where neither a model nor a dataset is given and the line does
+            not say otherwise; None: there is no demo.
     """
     name = f"fastpref {options.recipe}"
     given = given_options(options, argv, prog=name, description=description.partition("\n")[0])
     if demo is None or given.keys() & {"model_name_or_path", "dataset_name"}:
         chosen = options(**given)
     else:
-        chosen = options(**{**demo, **given})
+        chosen = options(**{**DEMO, **demo, **given})
         PartialState().print(f"demo      {as_command(name, chosen)}")
     transformers.utils.logging.disable_progress_bar()  # ours is the one to watch
     train(chosen)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import numpy as np
+import torch
 
 T = TypeVar("T")
 
@@ -117,40 +118,38 @@ def as_command(prog: str, options: Any) -> str:
 
 def convert(name: str, value: Any, kind: Any) -> Any:
     """`value`, a text or what YAML made of it, as the annotated type `kind`; a ValueError says what was wanted."""
-    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if types.NoneType in members and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
-        return None
-    for member in members:
-        try:
-            return _as(value, member)
-        except (TypeError, ValueError):
-            continue
-    raise ValueError(f"{name}: wanted {' or '.join(map(_describe, members))}; got {value!r}")
+    try:
+        return _as(value, kind)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: wanted {_describe(kind)}; got {value!r}") from None
 
 
 def settle(options: Any) -> None:
     """Gives options set in Python the types that the command line's have.
 
-    An enum's member becomes its value, a path text, a number of NumPy's Python's own; what has a few words to choose
-    from must be one of them. A checkpoint, which remembers the options, can hold nothing else.
+    An enum's member becomes its value, a path or a torch.dtype text, a number of NumPy's Python's own, one where a list
+    is wanted a list of it. A checkpoint, which remembers the options, can hold nothing else.
 
     Raises:
-        ValueError: another word than the option's, said as the command line says it.
+        ValueError: a value of another type than the option's, said as the command line says it.
     """
     for name, kind in _kinds(type(options)).items():
-        value = _plain(getattr(options, name))
-        members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-        if any(get_origin(member) is Literal for member in members):
-            try:
-                value = convert(name, value, kind)
-            except ValueError as error:
-                raise ValueError(f"{options.recipe}: {error}") from None
-        setattr(options, name, value)
+        try:
+            setattr(options, name, convert(name, _plain(getattr(options, name)), kind))
+        except ValueError as error:
+            raise ValueError(f"{options.recipe}: {error}") from None
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Of a union, its members; of another type, itself."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, os.PathLike):
@@ -170,6 +169,17 @@ def _as_text(value: Any) -> str:
 
 
 def _as(value: Any, kind: Any) -> Any:
+    if len(members := _members(kind)) > 1:
+        if types.NoneType in members and (value is None or str(value).lower() in ("none", "null")):
+            return None
+        for member in members:
+            try:
+                return _as(value, member)
+            except (TypeError, ValueError):
+                continue
+        _refuse()
+    if get_origin(kind) is Callable:
+        return value if callable(value) else _refuse()
     if get_origin(kind) is Literal:
         word = "no" if value is False else value  # YAML reads a bare `no` as false
         return word if isinstance(word, str) and word in get_args(kind) else _refuse()
@@ -192,6 +202,10 @@ def _refuse() -> typing.NoReturn:
 
 
 def _describe(kind: Any) -> str:
+    if len(members := _members(kind)) > 1:
+        return " or ".join(map(_describe, members))
+    if get_origin(kind) is Callable:
+        return "a function"
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is list:
@@ -201,7 +215,7 @@ def _describe(kind: Any) -> str:
 
 
 def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any) -> None:
-    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    members = _members(kind)
     how: dict[str, Any] = {}
     if bool in members:
         how = {"nargs": "?", "const": True}

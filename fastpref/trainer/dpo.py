@@ -40,7 +40,7 @@ from fastpref.trainer.metrics import Tally, means
 from fastpref.trainer.options import CausalOptions, check_ranges
 from fastpref.trainer.reference import LogpsCache, open_cache, remembered
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
-from fastpref.trainer.start import load_items
+from fastpref.trainer.start import lean, load_items
 
 # Options of single losses: none leaves a loss its own default, and one that no loss of the run owns is refused
 OF_LOSSES = sorted(
@@ -56,7 +56,9 @@ class DPOOptions(CausalOptions):
     learning_rate: float = option(1e-6, "the optimizer's learning rate at its peak")
 
     beta: float = option(0.1, "how strongly the reference holds the policy; higher: closer to it")
-    loss_type: str | list[str] | Callable[..., Tensor] = option("sigmoid", "a preference loss, or several to be summed")
+    loss_type: str | Callable[..., Tensor] | list[str | Callable[..., Tensor]] = option(
+        "sigmoid", "a preference loss, or several to be summed"
+    )
     loss_weights: list[float] | None = option(None, "weights of several losses; none: 1 each")
     reference_free: bool = option(False, "compare with a uniform reference, not with the model before training")
     cache_ref_log_probs: bool | str = option(
@@ -116,25 +118,12 @@ class DPOOptions(CausalOptions):
         return not self.reference_free and any(trait(loss, "reference") for loss in losses)
 
 
-# What `fastpref dpo` does with neither a model nor a dataset: minutes on two cores, and the held-out loss falls
-DEMO: dict[str, Any] = {
-    "max_steps": 60,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-5,
-    "max_length": 128,
-    "gradient_checkpointing": False,
-    "test_split_size": 96,
-    "logging_steps": 5,
-    "save_steps": 20,
-    "save_total_limit": 1,
-}
-
-
 def main(argv: Sequence[str]) -> int:
     """`fastpref dpo ARGV...`."""
-    return run_command(DPOOptions, train, argv, description=__doc__ or "", demo=DEMO)
+    return run_command(DPOOptions, train, argv, description=__doc__ or "", demo={"per_device_train_batch_size": 4})
 
 
+@lean
 def train(options: DPOOptions) -> Outcome:
     """Tunes the model and returns what that changed. Everything it leaves is in `output_dir`."""
     run = open_run(options, unit="pairs", load=load_pairs)

@@ -49,6 +49,7 @@ from fastpref.trainer.options import check_ranges
 from fastpref.trainer.rewards import Rewards
 from fastpref.trainer.rollout import Sample
 from fastpref.trainer.run import Outcome, Run, Update, after_step, begin, finish, steps_to_do
+from fastpref.trainer.start import lean
 
 UNSCALED = ("dr_grpo", "rloo", "reinforce")  # whose papers divide advantages by nothing
 
@@ -156,6 +157,7 @@ def main(argv: Sequence[str]) -> int:
     return run_command(GRPOOptions, train, argv, description=__doc__ or "")
 
 
+@lean
 def train(options: GRPOOptions) -> Outcome:
     """Tunes the model and returns what that changed. Everything it leaves is in `output_dir`."""
     run, rewards = open_online(options)

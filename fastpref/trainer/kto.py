@@ -35,7 +35,7 @@ from fastpref.trainer.metrics import Tally, means
 from fastpref.trainer.options import CausalOptions
 from fastpref.trainer.reference import LogpsCache, open_cache, remembered
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
-from fastpref.trainer.start import load_items
+from fastpref.trainer.start import lean, load_items
 
 
 @dataclass(kw_only=True)
@@ -62,25 +62,12 @@ class KTOOptions(CausalOptions):
                 raise ValueError(f"kto: {name} must be 0 or more; got {getattr(self, name)}")
 
 
-# What `fastpref kto` does with neither a model nor a dataset
-DEMO: dict[str, Any] = {
-    "max_steps": 60,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 1e-5,
-    "max_length": 128,
-    "gradient_checkpointing": False,
-    "test_split_size": 96,
-    "logging_steps": 5,
-    "save_steps": 20,
-    "save_total_limit": 1,
-}
-
-
 def main(argv: Sequence[str]) -> int:
     """`fastpref kto ARGV...`."""
-    return run_command(KTOOptions, train, argv, description=__doc__ or "", demo=DEMO)
+    return run_command(KTOOptions, train, argv, description=__doc__ or "", demo={})
 
 
+@lean
 def train(options: KTOOptions) -> Outcome:
     """Tunes the model and returns what that changed. Everything it leaves is in `output_dir`."""
     run = open_run(options, unit="examples", load=load_examples)

@@ -82,9 +82,9 @@ class MetricsLog:
             kept = [line for line in there if line["step"] <= through]
             aside = path.with_suffix(".partial")
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(aside, path)
-            self._file = path.open("a")
+            self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends a line, shows its main figures and passes it to the tracker."""
@@ -154,5 +154,5 @@ def shown(line: Mapping[str, Any], steps: int) -> str:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, without a last one that a kill cut short; damage elsewhere is a ValueError."""
-    *lines, _ = path.read_text().split("\n")  # past the last newline: nothing, or a line never finished
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # past the last newline: nothing, or a line never finished
     return [json.loads(line) for line in lines]

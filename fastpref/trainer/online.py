@@ -45,7 +45,7 @@ class OnlineOptions(CausalOptions):
     test_split_size: float = option(0.0, "prompts held out where there is no held-out split; below 1, a fraction")
     lora_dropout: float = option(0.0, "dropout before the adapter; above 0 the first ratios are not 1")
 
-    reward_funcs: list[str] | None = option(
+    reward_funcs: list[str | Callable[..., Any]] | None = option(
         None, "rewards: module:function, with TRL's signature, or folders of reward models; their sum counts"
     )
     reward_weights: list[float] | None = option(None, "weights of several rewards; none: 1 each")
@@ -60,8 +60,6 @@ class OnlineOptions(CausalOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reward_funcs is not None and not isinstance(self.reward_funcs, list):
-            self.reward_funcs = [self.reward_funcs]  # one, as TRL takes it
         check_sampling(self.recipe, self.temperature, self.top_p, self.top_k, self.min_p)
         if min(self.beta, self.kl_coef) < 0 or (self.beta and self.kl_coef):
             raise ValueError(
@@ -287,7 +285,7 @@ class RolloutLog:
             there = read_metrics(self.path) if keep_through and self.path.exists() else []
             kept = [json.dumps(line) + "\n" for line in there if line["step"] <= keep_through]
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(kept))
+            self.path.write_text("".join(kept), encoding="utf-8")
 
     def __call__(self, step: int, samples: Sequence[Sample]) -> None:
         """Every process may call it; the main one writes."""
@@ -295,7 +293,7 @@ class RolloutLog:
         if not main or (step % o.logging_steps and step != self._run.steps):
             return
         some = samples[:SHOWN]
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             for sample, total in zip(some, self._rewards.totals(some).tolist(), strict=True):
                 line = {"step": step, "prompt": self._run.tokenizer.decode(sample.prompt_ids)}
                 line |= {"completion": self._run.tokenizer.decode(sample.ids), "reward": total}

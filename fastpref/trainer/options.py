@@ -112,11 +112,12 @@ class TrainOptions:
         settle(self)
         check_schedule(self.recipe, self.lr_scheduler_type)
         counts = "logging_steps eval_steps save_steps save_total_limit gradient_accumulation_steps lora_r workspace"
-        for name in [*counts.split(), "per_device_train_batch_size", "per_device_eval_batch_size"]:
+        for name in [*counts.split(), "max_length", "per_device_train_batch_size", "per_device_eval_batch_size"]:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{self.recipe}: {name} must be at least 1; got {getattr(self, name)}")
-        for name in "learning_rate weight_decay max_grad_norm warmup_steps test_split_size lora_dropout".split():
-            if not 0 <= getattr(self, name) < math.inf:
+        amounts = "learning_rate weight_decay max_grad_norm warmup_steps test_split_size lora_dropout max_extra_bytes"
+        for name in amounts.split():
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{self.recipe}: {name} must be 0 or more; got {getattr(self, name)}")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(
@@ -156,7 +157,3 @@ def check_ranges(recipe: str, terms: Terms, known: Collection[Loss], like: Tenso
                 term(recipe, like, *args, **kwargs)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{recipe}: {error}") from error
-
-
-# What may differ between a run and its resumption: where it goes and who watches, not what it computes
-MAY_CHANGE = "output_dir overwrite_output_dir resume_from_checkpoint save_steps save_total_limit report_to".split()

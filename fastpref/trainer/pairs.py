@@ -10,7 +10,7 @@ arXiv:2312.16682). What is drawn for a prompt depends on model, prompt and seed,
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -50,7 +50,9 @@ class PairsOptions:
     output_file: str = option("pairs.jsonl", "where the pairs go; it is there whole or not at all")
 
     reward_model_path: str | None = option(None, "a trained reward model")
-    reward_funcs: list[str] | None = option(None, "rewards: module:function, or reward models; their sum counts")
+    reward_funcs: list[str | Callable[..., Any]] | None = option(
+        None, "rewards: module:function, or reward models; their sum counts"
+    )
     reward_weights: list[float] | None = option(None, "weights of several rewards; none: 1 each")
     num_generations: int = option(8, "completions of a prompt")
     max_completion_length: int = option(512, "tokens of the longest completion")
@@ -64,7 +66,7 @@ class PairsOptions:
 
     def __post_init__(self) -> None:
         settle(self)
-        for name in "max_prompts max_completion_length per_device_eval_batch_size".split():
+        for name in "max_prompts max_length max_completion_length per_device_eval_batch_size".split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"pairs: {name} must be at least 1; got {getattr(self, name)}")
         if self.num_generations < 2:
@@ -72,8 +74,6 @@ class PairsOptions:
         check_sampling("pairs", self.temperature, self.top_p, self.top_k, self.min_p)
         if not self.min_margin >= 0:
             raise ValueError(f"pairs: min_margin must be at least 0; got {self.min_margin}")
-        if self.reward_funcs is not None and not isinstance(self.reward_funcs, list):
-            self.reward_funcs = [self.reward_funcs]  # one, as TRL takes it
         if self.dataset_name is None:
             raise ValueError("pairs: dataset wants the prompts to complete; got none")
 

@@ -3,12 +3,12 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from fastpref import Plan, plan
-from fastpref.trainer.config import given_options, option
+from fastpref.trainer.config import given_options, option, settle
 from fastpref.trainer.pretrained import from_pretrained
 
 FOOTNOTE = """One pass is 2 N H V FLOP. Peak memory is beyond inputs, outputs and the gradients returned. The row of
@@ -19,6 +19,8 @@ them, leaves out what is not scored), Liger-Kernel 0.8.5 (compiled, a pair at a 
 
 @dataclass(kw_only=True)
 class PlanOptions:
+    recipe: ClassVar[str] = "plan"
+
     model_name_or_path: str | None = option(None, "a model's folder or hub name, for the sizes of its head")
     hidden_size: int | None = option(None, "H, width of the hidden states; in place of a model")
     vocab_size: int | None = option(None, "V, tokens of the vocabulary; in place of a model")
@@ -31,6 +33,7 @@ class PlanOptions:
     workspace: int | None = option(None, "MiB for the buffers of a chunk; none: 256 on CPU, 1/32 of a GPU's memory")
 
     def __post_init__(self) -> None:
+        settle(self)
         if self.model_name_or_path is None and (self.hidden_size is None or self.vocab_size is None):
             raise ValueError("plan: give model_name_or_path, or hidden_size and vocab_size")
         if not 0 <= self.prompt_length < self.max_length:

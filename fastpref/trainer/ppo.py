@@ -55,6 +55,7 @@ from fastpref.trainer.online import (
 )
 from fastpref.trainer.rollout import Sample
 from fastpref.trainer.run import Outcome, Run, State, Update, after_step, begin, finish, steps_to_do
+from fastpref.trainer.start import lean
 
 
 @dataclass(kw_only=True)
@@ -78,7 +79,7 @@ class PPOOptions(OnlineOptions):
     adaptive_kl_target: float | None = option(None, "kl_coef is steered so that a completion's KL is this, nats")
     adaptive_kl_horizon: int = option(10_000, "completions in which it would change by a factor of e^0.2 at most")
     target_kl: float | None = option(None, "a step ends early once half the mean squared log-ratio exceeds 1.5 of it")
-    whiten_rewards: bool = option(False, "divide the rewards of a batch by their standard deviation")
+    whiten_rewards: bool = option(False, "scale the rewards of a batch to a deviation of 1 around their own mean")
     gamma: float = option(1.0, "discount of later rewards")
     lam: float = option(0.95, "GAE's lambda")
     cliprange: float = option(0.2, "the ratio counts within 1 +- this")
@@ -97,8 +98,9 @@ class PPOOptions(OnlineOptions):
         for name in ("cliprange", "cliprange_value", "vf_coef"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"ppo: {name} must be 0 or more; got {getattr(self, name)}")
-        if self.missing_eos_penalty is not None and not self.missing_eos_penalty > 0:
-            raise ValueError(f"ppo: missing_eos_penalty must be above 0; got {self.missing_eos_penalty}")
+        for name in ("missing_eos_penalty", "target_kl"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"ppo: {name} must be above 0; got {getattr(self, name)}")
         if self.adaptive_kl_target is not None and not (self.adaptive_kl_target > 0 and self.kl_coef > 0):
             raise ValueError(
                 "ppo: adaptive_kl_target steers kl_coef, and both must be above 0; "
@@ -151,6 +153,7 @@ def main(argv: Sequence[str]) -> int:
     return run_command(PPOOptions, train, argv, description=__doc__ or "")
 
 
+@lean
 def train(options: PPOOptions) -> Outcome:
     """Tunes the model and returns what that changed. Everything it leaves is in `output_dir`."""
     run, rewards = open_online(options)
@@ -196,7 +199,7 @@ def judged(o: PPOOptions, scores: Tensor, samples: list[Sample], state: State) -
     how = {"kl_coef": state["kl_coef"], "kl_estimator": o.kl_estimator or "k1"}
     rewards = shape_rewards(scores, logps, ref_logps, mask, **how)
     non_score = rewards.sum(1) - scores
-    if o.whiten_rewards:  # scaled, not shifted: the sign of a reward stays
+    if o.whiten_rewards:  # (r - mean) / deviation + mean, as TRL has it: the mean stays, a reward's sign may not
         mean = rewards[mask].mean()
         rewards = torch.where(mask, masked_whiten(rewards, mask) + mean, 0.0)
     advantages, returns = gae(rewards, values, mask=mask, gamma=o.gamma, lam=o.lam, whiten=True)

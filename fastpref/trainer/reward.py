@@ -34,7 +34,7 @@ from fastpref.trainer.metrics import Tally, means
 from fastpref.trainer.options import TrainOptions
 from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
-from fastpref.trainer.start import load_items, load_model, padding_id
+from fastpref.trainer.start import lean, load_items, load_model, padding_id
 
 
 @dataclass(kw_only=True)
@@ -56,25 +56,13 @@ class RewardOptions(TrainOptions):
             raise ValueError(f"reward: center_rewards_coefficient must be 0 or more; got {got}")
 
 
-# What `fastpref reward` does with neither a model nor a dataset
-DEMO: dict[str, Any] = {
-    "max_steps": 60,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 2e-5,
-    "max_length": 128,
-    "gradient_checkpointing": False,
-    "test_split_size": 128,
-    "logging_steps": 5,
-    "save_steps": 20,
-    "save_total_limit": 1,
-}
-
-
 def main(argv: Sequence[str]) -> int:
     """`fastpref reward ARGV...`."""
-    return run_command(RewardOptions, train, argv, description=__doc__ or "", demo=DEMO)
+    demo = {"learning_rate": 2e-5, "test_split_size": 128}
+    return run_command(RewardOptions, train, argv, description=__doc__ or "", demo=demo)
 
 
+@lean
 def train(options: RewardOptions) -> Outcome:
     """Tunes the model and returns what that changed. Everything it leaves is in `output_dir`."""
     run = open_run(options, unit="pairs", load=load_pairs, build=scorer)

@@ -4,18 +4,17 @@
     state, log = begin(run, first_state, evaluate)                    # from the beginning, or from a checkpoint
     for step, indices in steps_to_do(run, state):
         done = update(run, step, my_batches(run.accelerator, indices, size), loss)
-        after_step(run, state, log, step, done, evaluate)
+        after_step(run, state, log, step, done, evaluate, tokens=sum(run.items[i].n_tokens for i in indices))
     return finish(run, state, log)
 
 `state` is a dict that the steps change: with `run.parts` and the random generators, all that the next step depends on.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +23,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_scheduler
 
-from fastpref.kernels import memory
 from fastpref.trainer import report
 from fastpref.trainer.batches import items_of_step
 from fastpref.trainer.checkpoint import last_whole, load_state, save_state, write_whole
-from fastpref.trainer.config import name_of
 from fastpref.trainer.demo import demo_model
+from fastpref.trainer.identity import differences, identity
 from fastpref.trainer.metrics import MetricsLog, Sums, Tally, means, merged, read_metrics
 from fastpref.trainer.optimizers import make_optimizer
-from fastpref.trainer.options import MAY_CHANGE, TrainOptions
+from fastpref.trainer.options import TrainOptions
 from fastpref.trainer.pretrained import from_pretrained
 from fastpref.trainer.sharded import WholeOptimizer, whole_weights
 from fastpref.trainer.start import causal_lm, start, where_to_start
@@ -132,7 +130,6 @@ def open_run(
             `where_to_start` refuse.
     """
     o = options
-    memory.keep_at_most(0)  # a step's memory is highest outside of the head, where a buffer that stays would add to it
     accelerator = start(o)
     say = partial(accelerator.print, flush=True)
     resumed = where_to_start(accelerator, o)
@@ -185,12 +182,13 @@ def begin(
         sample: [heading, text] of some of the model's answers, for the report.
     """
     o = run.options
+    own = identity(o, [run.items, run.held_out], run.accelerator.num_processes)
     if run.resumed:
-        state = load_state(run.accelerator, run.resumed, run.parts, partial(differences, identity(run)))
+        state = load_state(run.accelerator, run.resumed, run.parts, partial(differences, own))
         run.say(f"resuming  after step {state['step']}, from {run.resumed}")
     else:
         # window: sums of metrics since the last line of them
-        state = {"step": 0, "num_tokens": 0, "window": {}, "identity": identity(run), **first(run)}
+        state = {"step": 0, "num_tokens": 0, "window": {}, "identity": own, **first(run)}
         state["before"] = state["after"] = evaluate(run, state) if run.held_out else {}
         state["samples"] = sample(run)
     if o.report_to != "none":
@@ -261,6 +259,7 @@ def take(run: Run, step: int, tally: Tally) -> Update:
             raise FloatingPointError(nonfinite(run, step, done))
         run.say(f"step {step} left out: loss {done.loss}, gradient norm {norm}")
         run.optimizer.zero_grad()
+        run.scheduler.step()  # which counts this step, too: it is to end with the run
         return done._replace(sums={})
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -348,30 +347,3 @@ def continuations(run: Run) -> list[list[str]]:
     """[prompt, continuation] of two prompts. Every process calls this: under FSDP2 each holds a part of the model."""
     prompts = [item.prompt_ids for item in run.held_out or run.items]
     return report.continuations(run.bare_model, run.tokenizer, prompts)
-
-
-def identity(run: Run) -> dict[str, Any]:
-    """What must be equal for a resumed run to go on as if nothing had happened."""
-    names = [field.name for field in fields(run.options) if field.name not in MAY_CHANGE]
-    options = {name: _named(getattr(run.options, name)) for name in names}
-    data = checksum(run.items), checksum(run.held_out)
-    return {**options, "processes": run.accelerator.num_processes, "data checksum": "{:08x}{:08x}".format(*data)}
-
-
-def checksum(items: Iterable[Any]) -> int:
-    """CRC-32 of the items' texts, one at a time: the text of a whole data set would be many times as large as it."""
-    return reduce(lambda crc, item: zlib.crc32(f"{item!r}\n".encode(), crc), items, 0)
-
-
-def _named(value: Any) -> Any:
-    """A function by its name, and what else a checkpoint cannot hold as text."""
-    if isinstance(value, list | tuple):
-        return [_named(one) for one in value]
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    return name_of(value) if callable(value) else str(value)
-
-
-def differences(now: dict[str, Any], state: State) -> list[str]:
-    then = state["identity"]
-    return [f"{key} {then.get(key)} (now {value})" for key, value in now.items() if then.get(key) != value]

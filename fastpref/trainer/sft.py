@@ -34,7 +34,7 @@ from fastpref.trainer.forward import tallied, through_head
 from fastpref.trainer.metrics import Tally, means
 from fastpref.trainer.options import CausalOptions
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
-from fastpref.trainer.start import load_items
+from fastpref.trainer.start import lean, load_items
 
 
 @dataclass(kw_only=True)
@@ -59,25 +59,12 @@ class SFTOptions(CausalOptions):
             raise ValueError(f"sft: label_smoothing must be in [0, 1); got {self.label_smoothing}")
 
 
-# What `fastpref sft` does with neither a model nor a dataset: the quotes of critics who liked the film
-DEMO: dict[str, Any] = {
-    "max_steps": 60,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 5e-5,
-    "max_length": 128,
-    "gradient_checkpointing": False,
-    "test_split_size": 96,
-    "logging_steps": 5,
-    "save_steps": 20,
-    "save_total_limit": 1,
-}
-
-
 def main(argv: Sequence[str]) -> int:
     """`fastpref sft ARGV...`."""
-    return run_command(SFTOptions, train, argv, description=__doc__ or "", demo=DEMO)
+    return run_command(SFTOptions, train, argv, description=__doc__ or "", demo={"learning_rate": 5e-5})
 
 
+@lean
 def train(options: SFTOptions) -> Outcome:
     """Tunes the model and returns what that changed. Everything it leaves is in `output_dir`."""
     run = open_run(options, unit="examples", load=load_examples)

@@ -21,11 +21,12 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fastpref import fused_lm_head
+from fastpref.kernels import memory
 from fastpref.trainer import checkpoint
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.options import CausalOptions, TrainOptions
 from fastpref.trainer.packing import enable_packing
-from fastpref.trainer.pretrained import from_pretrained
+from fastpref.trainer.pretrained import from_pretrained, is_adapter
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 aten = torch.ops.aten
@@ -40,6 +41,8 @@ PRODUCTS = [
 ]
 # whose settings a launcher hands to the first Accelerator
 PLUGGED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+# around each recipe's `train`: a step's memory is highest outside of the head, where a buffer that stays adds to it
+lean = memory.keep_at_most(0)
 Item = TypeVar("Item")
 Rows = Any  # of a file, or a hub dataset
 
@@ -147,7 +150,7 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
     Raises:
         ValueError: name is the folder of an adapter, or of no model.
     """
-    if (Path(name) / "adapter_config.json").is_file():  # the reference would be its base, and so would KL
+    if is_adapter(name):  # the reference would be its base, and so would KL
         raise ValueError(
             f"{options.recipe}: model_name_or_path must be a whole model; {name} is an adapter. Merge it: "
             "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
@@ -205,7 +208,7 @@ def load_items(
     size = options.test_split_size
     test_rows: Rows = None
     if options.dataset_name is None:
-        rows, drawn = demo(128 if 0 < size < 1 else int(size))
+        rows, drawn = demo(0 if size < 1 else int(size))  # of a fraction, that of what is kept is drawn below
         test_rows = drawn or None
     else:
         read = partial(load_rows, options.dataset_name, config=options.dataset_config, columns=columns)
