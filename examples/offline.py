@@ -93,7 +93,7 @@ def main() -> None:
             models[name] = str(dpo.train(dpo.DPOOptions(**options, per_device_train_batch_size=4)).model_dir)
 
     rows = measure(models, str(judge.model_dir), held_out, given.seed)
-    (folder / "table.json").write_text(json.dumps(rows, indent=1))
+    (folder / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(table(rows), f"\n\n{folder / 'table.json'}\n{folder / 'offline.png'}")
     plot(rows, folder / "offline.png", title=f"held-out films, {given.steps} steps of 4 pairs, seed {given.seed}")
 
@@ -111,7 +111,7 @@ def write_data(folder: Path, pairs: Sequence[Row], held_out: Sequence[Row]) -> N
     others = [row for row in pairs if row["prompt"] not in half]
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in {"sft": quotes, "pairs": others, "held_out": held_out}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @torch.no_grad()

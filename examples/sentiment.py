@@ -38,7 +38,8 @@ from fastpref.trainer.collate import collate
 from fastpref.trainer.demo import demo_model
 from fastpref.trainer.prompts import Prompt, tokenize_prompts
 from fastpref.trainer.rewards import RewardModel
-from fastpref.trainer.rollout import Sample, Sampling, batches, drawn
+from fastpref.trainer.rollout import Sample, Sampling, batches, drawn, stop_ids_of
+from fastpref.trainer.start import padding_id
 
 PACKAGE = "vaderSentiment==3.3.2"  # its sdist holds the snippets, its wheel does not
 ARCHIVE, SNIPPETS = "hutto_ICWSM_2014.tar.gz", "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
@@ -150,7 +151,7 @@ def write_data(preset: Preset, seed: int, folder: Path, texts: list[str]) -> Non
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Study:
         p = self.preset
         self.sft_model = self.once("sft", self.train_sft)
         self.tokenizer = AutoTokenizer.from_pretrained(self.sft_model)
-        rows = [json.loads(line) for line in (self.folder / "eval.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (self.folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
         self.prompts, _ = tokenize_prompts(rows, self.tokenizer, max_length=None)
         self.pairs = self.folder / "pairs.jsonl"
         if not self.pairs.exists():
@@ -254,9 +255,9 @@ class Study:
         how |= {"response_length": p.new_tokens, "dataset_name": str(self.folder / "prompts.jsonl")}
         return ppo.train(ppo.PPOOptions(**{**self.lora(folder), **how, **rewarded}))
 
-    def sampling(self) -> Sampling:
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return Sampling(self.preset.new_tokens, 1.0, (eos,), eos if pad is None else pad, 64)
+    def sampling(self, model: Any) -> Sampling:
+        stop = stop_ids_of(self.tokenizer, model)
+        return Sampling(self.preset.new_tokens, 1.0, stop, padding_id(self.tokenizer), 64)
 
     def load(self, folder: Path) -> Any:
         """A policy: the SFT model, or an adapter on it."""
@@ -267,12 +268,13 @@ class Study:
 
     def measured(self, method: str, strength: str, folder: Path) -> Point:
         model = self.load(folder)
-        samples = drawn(model, self.prompts, [(i, 0) for i in range(len(self.prompts))], self.sampling(), self.seed, 0)
+        wanted, how = [(i, 0) for i in range(len(self.prompts))], self.sampling(model)
+        samples = drawn(model, self.prompts, wanted, how, self.seed, 0)
         kl = [0.0] * len(samples)
         if isinstance(model, PeftModel):
-            policy = sums_of_logps(model, samples, self.sampling().pad_id)
+            policy = sums_of_logps(model, samples, how.pad_id)
             with model.disable_adapter():
-                reference = sums_of_logps(model, samples, self.sampling().pad_id)
+                reference = sums_of_logps(model, samples, how.pad_id)
             kl = [a - b for a, b in zip(policy, reference, strict=True)]
         point = Point(self.seed, method, strength, *mean_and_error(self.kind(samples)), *mean_and_error(kl))
         print(f"--- {method} {strength}: reward {point.reward:+.3f}, KL {point.kl:.2f}", flush=True)
@@ -283,7 +285,7 @@ class Study:
         most = max(counts)
         wanted = [(i, k) for i in range(len(self.prompts)) for k in range(most)]
         model = self.load(self.sft_model)
-        samples = drawn(model, self.prompts, wanted, self.sampling(), self.seed, 1)
+        samples = drawn(model, self.prompts, wanted, self.sampling(model), self.seed, 1)
         judge = RewardModel(str(self.reward_model), self.tokenizer, model.device, 64)
         learned, true = judge([self.prompts[i] for i, _ in wanted], samples), self.kind(samples)
         points = []
@@ -366,8 +368,10 @@ def main() -> None:
     points: list[Point] = []
     for seed in range(given.seeds or preset.seeds):
         points += Study(preset, seed, folder / str(seed), model, texts).points()
-        (folder / "points.jsonl").write_text("".join(json.dumps(asdict(point)) + "\n" for point in points))
-        (folder / "table.txt").write_text(table(points, preset) + "\n")
+        (folder / "points.jsonl").write_text(
+            "".join(json.dumps(asdict(point)) + "\n" for point in points), encoding="utf-8"
+        )
+        (folder / "table.txt").write_text(table(points, preset) + "\n", encoding="utf-8")
         plot(points, folder / "frontier.png")
     print(f"\n{table(points, preset)}\nplot {folder / 'frontier.png'}")
 

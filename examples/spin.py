@@ -20,7 +20,7 @@ from fastpref.trainer import dpo
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.prompts import tokenize_prompts
 from fastpref.trainer.rewards import text_of
-from fastpref.trainer.rollout import Sampling, drawn
+from fastpref.trainer.rollout import Sampling, drawn, stop_ids_of
 from fastpref.trainer.start import padding_id
 
 AT_ONCE = 64  # prompts that are answered together
@@ -33,7 +33,7 @@ def own_answers(model_name: str, dataset: str, max_new_tokens: int, seed: int, p
     prompts, _ = tokenize_prompts(rows, tokenizer, max_length=None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_name).to(device).eval()
-    how = Sampling(max_new_tokens, 1.0, (tokenizer.eos_token_id,), padding_id(tokenizer), AT_ONCE)
+    how = Sampling(max_new_tokens, 1.0, stop_ids_of(tokenizer, model), padding_id(tokenizer), AT_ONCE)
     samples = []
     for first in tqdm(range(0, len(prompts), AT_ONCE), desc="own answers", unit="batch", disable=None):
         wanted = [(i, 0) for i in range(first, min(first + AT_ONCE, len(prompts)))]
@@ -42,7 +42,7 @@ def own_answers(model_name: str, dataset: str, max_new_tokens: int, seed: int, p
         {"prompt": prompt.prompt, "chosen": prompt.columns["completion"], "rejected": text_of(tokenizer, sample)}
         for prompt, sample in zip(prompts, samples, strict=True)
     ]
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     cut, empty = sum(not sample.stopped for sample in samples), sum(not pair["rejected"] for pair in pairs)
     return f"{len(pairs)} answers of its own, {cut} cut at {max_new_tokens} tokens, {empty} empty; in {path}"
 
