@@ -78,6 +78,7 @@ def sweep(
         flat.inv_temperature,
         flat.ignore_index,
         flat.check_finite,
+        flat.backend,
     )
     capacity = chunks.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace)
     tensors = flat.hidden, flat.weight, flat.bias, flat.targets, flat.rows, flat.inv_temperature

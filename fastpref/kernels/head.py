@@ -163,24 +163,18 @@ class Problem:
     def live_first(self, ignore_index: int) -> tuple[Tensor, "Problem"]:
         """(index of all targets, those that count first; the problem with the others switched off). Waits for nothing.
 
-        What does not count has inverse temperature 0. A target or a row out of range has NaN, and so has what it gives.
+        What does not count has inverse temperature 0.
         """
-        (n_rows, _), vocab_size, targets = self.hidden.shape, self.head.vocab_size, self.targets
-        counts = targets != ignore_index
-        if n_rows == 0:
-            counts = torch.zeros_like(counts)
-        wrong, rows = (targets < 0) | (targets >= vocab_size), self.rows
-        if rows is not None:
-            wrong, rows = wrong | (rows < 0) | (rows >= n_rows), rows.clamp(0, max(n_rows - 1, 0))
-        targets, scale = switched_off(targets, self.inv_temperature, wrong, counts)
-        index = (~counts).to(torch.uint8).argsort(stable=True)[: targets.numel() if n_rows else 0]
-        return index, Problem(self.hidden, self.head, targets, rows, scale, masked=True)
+        targets, scale = switched_off(self.targets, self.inv_temperature, ignore_index)
+        index = (self.targets == ignore_index).to(torch.uint8).argsort(stable=True)
+        index = index if self.hidden.shape[0] else index[:0]
+        return index, Problem(self.hidden, self.head, targets, self.rows, scale, masked=True)
 
 
-def switched_off(targets: Tensor, inv_temperature: Tensor, wrong: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(targets, inverse temperatures): 0 where a target does not count, NaN where one that does is out of range."""
-    scale = inv_temperature.masked_fill(wrong, torch.nan).masked_fill(~counts, 0.0)
-    return targets.masked_fill(wrong | ~counts, 0), scale
+def switched_off(targets: Tensor, inv_temperature: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(targets, inverse temperatures): 0 where a target does not count."""
+    ignored = targets == ignore_index
+    return targets.masked_fill(ignored, 0), inv_temperature.masked_fill(ignored, 0.0)
 
 
 class Scores(NamedTuple):

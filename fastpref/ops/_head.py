@@ -125,14 +125,17 @@ def flatten(
     check_workspace(fn, workspace, most_rows(bounds), hidden.dtype)
     if not isinstance(ignore_index, int):
         raise TypeError(f"{fn}: ignore_index must be an int; got {type(ignore_index).__name__}")
+    hidden = hidden.reshape(-1, hidden_size)
+    # where the target is ignored its row is not read, whatever stands there
+    rows = None if rows is None else rows.long().where(targets != ignore_index, 0)
+    where = targets.reshape(-1).long(), rows, inverse(fn, options.temperature, hidden, targets)
+    if unseen(hidden.device, backend, options.check_finite):
+        where = in_range(*where, ignore_index, bounds[-1], hidden.shape[0])
     return FlatHead(
-        hidden.reshape(-1, hidden_size),
+        hidden,
         weight,
         bias,
-        targets.reshape(-1).long(),
-        # where the target is ignored its row is not read, whatever stands there
-        None if rows is None else rows.long().where(targets != ignore_index, 0),
-        inverse(fn, options.temperature, hidden, targets),
+        *where,
         options.softcap,
         options.logit_scale,
         ignore_index,
@@ -277,6 +280,28 @@ def check_scale(fn: str, inv_temperature: Tensor, where: str) -> None:
         raise ValueError(f"{fn}: temperature must be > 0 and finite at every {where}; got {1 / wrong[0]:g}")
 
 
+def unseen(device: torch.device, backend: str | None, check_finite: bool) -> bool:
+    """Whether the values of targets, rows and temperatures go unchecked: to look at them waits for the device."""
+    return not check_finite and (device.type == "cuda" or backend == "triton")
+
+
+def in_range(
+    targets: Tensor, rows: Tensor | None, inv_temperature: Tensor, ignore_index: int, vocab_size: int, n_rows: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(targets, rows, inverse temperatures) that nothing is read out of bounds by. Waits for nothing.
+
+    A live target that is out of range, or whose row is, has a NaN for its temperature, and so has all that it gives.
+    """
+    if n_rows == 0:
+        return torch.full_like(targets, ignore_index), rows, inv_temperature
+    wrong = (targets < 0) | (targets >= vocab_size)
+    if rows is not None:
+        wrong, rows = wrong | (rows < 0) | (rows >= n_rows), rows.clamp(0, n_rows - 1)
+    wrong = wrong & (targets != ignore_index)
+    live = 0 if ignore_index else vocab_size - 1
+    return targets.masked_fill(wrong, live), rows, inv_temperature.masked_fill(wrong, torch.nan)
+
+
 def kept_index(
     fn: str,
     name: str,
@@ -287,10 +312,11 @@ def kept_index(
     inv_temperature: Tensor,
     ignore_index: int,
     check_finite: bool,
+    backend: str | None,
 ) -> Tensor:
-    """Index of the targets that are not ignored. On CUDA values are looked at only with check_finite: it waits."""
+    """Index of the targets that are not ignored, checked unless they go unseen."""
     index = (targets != ignore_index).nonzero()[:, 0]
-    if index.numel() and (check_finite or not targets.is_cuda):
+    if index.numel() and not unseen(targets.device, backend, check_finite):
         y = targets[index]
         if int(y.min()) < 0 or int(y.max()) >= vocab_size:
             bad = y[(y < 0) | (y >= vocab_size)][0]

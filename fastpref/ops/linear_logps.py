@@ -111,7 +111,7 @@ def token_outputs(
     """
     hidden, weight, bias, targets, rows, inv_temperature, *options, _ = flat
     if flat.backend == "reference":
-        where = targets, rows, inv_temperature, flat.ignore_index, flat.check_finite
+        where = targets, rows, inv_temperature, flat.ignore_index, flat.check_finite, flat.backend
         _head.kept_index(fn, "hidden", hidden, flat.vocab_size, *where)
         with torch.autocast(hidden.device.type, enabled=False):
             bent = flat.softcap, flat.logit_scale, flat.ignore_index
@@ -172,7 +172,7 @@ def _op(
         index, problem = problem.live_first(ignore_index)
         index = index[:keep_rows] if keep_rows else index
     else:
-        where = targets, rows, inv_temperature, ignore_index, check_finite
+        where = targets, rows, inv_temperature, ignore_index, check_finite, backend
         index = _head.kept_index(fn, "hidden", hidden, head.vocab_size, *where)
     dtype = chunks.accumulator(hidden.dtype)
     out = [hidden.new_zeros(targets.shape, dtype=dtype) for _ in _head.OUTPUTS]

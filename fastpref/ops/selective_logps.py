@@ -66,9 +66,13 @@ def selective_logps(
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad:
         _check_overwritable(fn, logits, backend)
     inv_temperature = _head.inverse(fn, temperature, logits, targets)
-    flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long(), inv_temperature
+    rows, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
+    if _head.unseen(logits.device, backend, check_finite):
+        where = flat_targets, None, inv_temperature
+        flat_targets, _, inv_temperature = _head.in_range(*where, ignore_index, rows.shape[1], rows.shape[0])
+    flat = rows, flat_targets, inv_temperature
     if backend == "reference":
-        _kept(fn, *flat, ignore_index, check_finite)
+        _kept(fn, *flat, ignore_index, check_finite, backend)
         found = reference(*flat, softcap, logit_scale, ignore_index)
     else:
         *tensors, _ = _op(fn, *flat, softcap, logit_scale, ignore_index, check_finite, inplace_backward, backend)
@@ -91,8 +95,8 @@ def _check_overwritable(fn: str, logits: Tensor, backend: str | None) -> None:
         )
 
 
-def _kept(fn: str, logits: Tensor, targets: Tensor, inv_t: Tensor, ignore_index: int, check_finite: bool) -> Tensor:
-    return _head.kept_index(fn, "logits", logits, logits.shape[1], targets, None, inv_t, ignore_index, check_finite)
+def _kept(fn: str, logits: Tensor, targets: Tensor, inv_t: Tensor, *how: Any) -> Tensor:
+    return _head.kept_index(fn, "logits", logits, logits.shape[1], targets, None, inv_t, *how)
 
 
 @torch.library.custom_op("fastpref::selective_logps", mutates_args=())
@@ -113,15 +117,10 @@ def _op(
     run = kernels.choose("selective_logps", logits.device.type, backend)
     index = None
     if check_finite or not run.STATIC:
-        index = _kept(fn, logits, targets, inv_temperature, ignore_index, check_finite)
+        index = _kept(fn, logits, targets, inv_temperature, ignore_index, check_finite, backend)
     if run.STATIC:
-        targets, inv_temperature = _switched_off(logits, targets, inv_temperature, ignore_index)
+        targets, inv_temperature = driver.switched_off(targets, inv_temperature, ignore_index)
     return run.selective_logps(logits, targets, index, inv_temperature, softcap, logit_scale)
-
-
-def _switched_off(logits: Tensor, targets: Tensor, inv_temperature: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    wrong = (targets < 0) | (targets >= logits.shape[1])
-    return driver.switched_off(targets, inv_temperature, wrong, targets != ignore_index)
 
 
 @_op.register_fake
@@ -176,7 +175,7 @@ def _backward_op(
         huge_pages(out)
     index = None
     if run.STATIC:
-        targets, inv_temperature = _switched_off(logits, targets, inv_temperature, ignore_index)
+        targets, inv_temperature = driver.switched_off(targets, inv_temperature, ignore_index)
     else:
         index = (targets != ignore_index).nonzero()[:, 0]
     given = grad_logps, grad_entropy, logits, targets, index, inv_temperature, softcap, logit_scale

@@ -8,7 +8,15 @@ import math
 import pytest
 import torch
 
-from fastpref import kernels, linear_cross_entropy, linear_logps, linear_policy_loss, linear_preference_loss, plan
+from fastpref import (
+    kernels,
+    linear_cross_entropy,
+    linear_logps,
+    linear_policy_loss,
+    linear_preference_loss,
+    plan,
+    selective_logps,
+)
 from fastpref.kernels.chunks import default_workspace
 from tests import _oracle
 from tests._oracle import IGNORE, OPTIONS, assert_logps, assert_same_bits, head, option_case, upstream
@@ -97,10 +105,54 @@ def test_label_100_nats_below_the_maximum():
         check(args, {"logps": upstream(130)})
 
 
-def test_target_out_of_range_is_nan():
-    args = moved(head(40, 16, 131, torch.bfloat16, ignored=0.0), "cuda")
-    args["targets"][3], args["targets"][9] = 131, -7
-    assert linear_logps(**args).isnan().nonzero()[:, 0].tolist() == [3, 9]
+def nan_rows(x):
+    return x.flatten(1).isnan().any(1).nonzero()[:, 0].tolist()
+
+
+def out_of_range(n, vocab_size):
+    """Arguments whose targets 3 and 9 and row 11 are out of range, and an ignored one whose row is."""
+    args = head(n, 16, vocab_size, torch.bfloat16, ignored=0.0)
+    args["targets"][3], args["targets"][9], args["targets"][20] = vocab_size, -7, IGNORE
+    args["rows"] = torch.arange(n)
+    args["rows"][11], args["rows"][20] = n, -1
+    args = moved(args, "cuda")
+    args["hidden"].requires_grad_(), args["weight"].requires_grad_()
+    return args
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("function", "options"), [(linear_logps, {}), *((linear_cross_entropy, {"label_smoothing": s}) for s in (0.0, 0.1))]
+)
+def test_target_or_row_out_of_range_is_nan(function, options, backend):
+    args = out_of_range(40, 131)
+    losses = function(**args, **options, backend=backend, **({} if function is linear_logps else {"reduction": "none"}))
+    (gradient,) = torch.autograd.grad(losses, args["hidden"], upstream(40).cuda())
+    assert nan_rows(losses[:, None]) == [3, 9, 11] and nan_rows(gradient) == [3, 9, 39]
+    with pytest.raises(ValueError, match="targets must be in"):
+        function(**args, **options, backend=backend, check_finite=True)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_policy_loss])
+def test_swept_loss_of_a_target_or_row_out_of_range_is_nan(function, backend):
+    args, options = out_of_range(400, 2003), {"workspace": 2**20, "backend": backend}  # several chunks
+    if function is linear_policy_loss:
+        bounds = torch.tensor([0, 40, 400], dtype=torch.int32, device="cuda")
+        options |= {"advantages": torch.ones(2, device="cuda"), "cu_seqlens": bounds}
+    out = function(**args, **options)
+    loss = out if function is linear_cross_entropy else out.loss
+    (gradient,) = torch.autograd.grad(loss, args["hidden"])
+    assert loss.isnan() and {3, 9, 399} <= set(nan_rows(gradient))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_selective_logps_of_a_target_out_of_range_are_nan(backend):
+    logits = upstream(5, 70).cuda().requires_grad_()
+    targets = torch.tensor([3, 70, IGNORE, -1, 69], device="cuda")
+    logps = selective_logps(logits, targets, backend=backend)
+    (gradient,) = torch.autograd.grad(logps, logits, upstream(5).cuda())
+    assert nan_rows(logps[:, None]) == nan_rows(gradient) == [1, 3]
 
 
 def peaked(n, hidden_size, vocab_size, dtype=torch.bfloat16, spread=4.0):

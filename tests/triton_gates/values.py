@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpref import linear_logps, linear_policy_loss, linear_preference_loss, selective_logps
+from fastpref import (
+    linear_cross_entropy,
+    linear_logps,
+    linear_policy_loss,
+    linear_preference_loss,
+    linear_unpaired_loss,
+    selective_logps,
+)
 from fastpref.kernels.triton import configs
 from fastpref.kernels.triton import head as kernels
 from fastpref.kernels.triton import selective_logps as selective
@@ -109,13 +116,67 @@ def test_nothing_to_score(checked):
         assert not values["logps"].any() and not any(g.isnan().any() or g.any() for g in gradients.values())
 
 
-def test_target_or_row_out_of_range_is_nan_and_reads_nothing(checked):
-    args = head(40, 16, 131, torch.bfloat16, ignored=0.0)
-    args["targets"][3], args["targets"][9], args["targets"][20] = 131, -7, IGNORE
-    rows = torch.arange(40)
-    rows[11], rows[20] = 40, -1
-    logps = linear_logps(**args, rows=rows, backend="triton")
-    assert logps.isnan().nonzero()[:, 0].tolist() == [3, 9, 11]
+def out_of_range(n, vocab_size, ignore_index=IGNORE):
+    """(arguments whose targets 3 and 9 and row 11 are out of range, an ignored one whose row is; the wrong ones)."""
+    args = head(n, 16, vocab_size, torch.bfloat16, ignored=0.0)
+    args["targets"] = args["targets"].clamp(min=1)
+    args["targets"][3], args["targets"][9], args["targets"][20] = vocab_size, -7, ignore_index
+    args["rows"] = torch.arange(n)
+    args["rows"][11], args["rows"][20] = n, -1
+    return {**args, "ignore_index": ignore_index}, [3, 9, 11]
+
+
+def nan_rows(x):
+    return x.flatten(1).isnan().any(1).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("trained", [_oracle.TRAINED, ("hidden",)])
+@pytest.mark.parametrize("ignore_index", [IGNORE, 0])
+def test_target_or_row_out_of_range_is_nan_and_reads_nothing(checked, ignore_index, trained):
+    args, wrong = out_of_range(40, 131, ignore_index)
+    options = {name: args.pop(name) for name in ("rows", "ignore_index")}
+    grads = {"logps": upstream(40)}
+    values, gradients = _oracle.run(linear_logps, args, grads=grads, trained=trained, backend="triton", **options)
+    assert nan_rows(values["logps"][:, None]) == wrong
+    assert nan_rows(gradients["hidden"]) == [3, 9, 39]  # a row past the end stands for the last
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_smoothing_of_a_target_or_row_out_of_range_is_nan(checked, softcap):
+    args, wrong = out_of_range(40, 131)
+    args["hidden"].requires_grad_(), args["weight"].requires_grad_()
+    losses = linear_cross_entropy(**args, label_smoothing=0.1, softcap=softcap, reduction="none", backend="triton")
+    (gradient,) = torch.autograd.grad(losses, args["hidden"], upstream(40))
+    assert nan_rows(losses[:, None]) == wrong and nan_rows(gradient) == [3, 9, 39]
+
+
+SWEPT = [linear_cross_entropy, linear_preference_loss, linear_unpaired_loss, linear_policy_loss]
+
+
+@pytest.mark.parametrize("function", SWEPT)
+def test_swept_loss_of_a_target_or_row_out_of_range_is_nan(checked, monkeypatch, function):
+    monkeypatch.setattr("fastpref.heads.sweep.rows_of_one_chunk", lambda *_: None)
+    args, _ = out_of_range(40, 131)
+    args["hidden"].requires_grad_(), args["weight"].requires_grad_()
+    bounds = torch.tensor([0, 15, 20, 30, 40], dtype=torch.int32)  # the wrong ones are in the first
+    ref = {"ref_logps": torch.zeros(4)}
+    given = {
+        linear_preference_loss: ref,
+        linear_unpaired_loss: {**ref, "desirable": torch.tensor([True, False] * 2), "kl": 0.0},
+        linear_policy_loss: {"advantages": torch.ones(4)},
+    }
+    out = function(**args, **given.get(function, {}), cu_seqlens=bounds, backend="triton")
+    loss = out if function is linear_cross_entropy else out.loss
+    (gradient,) = torch.autograd.grad(loss, args["hidden"])
+    assert loss.isnan() and {3, 9, 39} <= set(nan_rows(gradient)) <= {*range(15), *range(20, 30), 39}
+
+
+def test_selective_logps_of_a_target_out_of_range_are_nan(checked):
+    logits = upstream(5, 70).requires_grad_()
+    targets = torch.tensor([3, 70, IGNORE, -1, 69])
+    logps = selective_logps(logits, targets, backend="triton")
+    (gradient,) = torch.autograd.grad(logps, logits, upstream(5))
+    assert nan_rows(logps[:, None]) == nan_rows(gradient) == [1, 3]
 
 
 def test_four_passes_and_a_frozen_head(small_tiles):
