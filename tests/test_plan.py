@@ -7,7 +7,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastpref import linear_logps, linear_policy_loss, linear_preference_loss, plan
+from fastpref.heads.sweep import Way, way_of
 from fastpref.kernels.memory import release
+from fastpref.ops import _head
 from tests._oracle import BACKENDS, IGNORE, head, upstream
 
 MIB = 1 << 20
@@ -233,6 +235,13 @@ def test_all_rows_in_one_chunk_in_the_place_of_the_copy(backend):
 
     for few, many in zip(gradients(8 * MIB), gradients(64 * MIB), strict=True):
         assert torch.equal(few, many)
+
+
+def test_a_batch_without_a_live_token_took_a_copy_of_the_weights_gradient():
+    args = {k: x if k == "weight" else x.unflatten(0, (16, -1)) for k, x in head(160, 16, 2053).items()}
+    args["targets"].fill_(IGNORE)
+    flat = _head.flatten("test", **args, options=_head.HeadOptions(workspace=MIB))
+    assert way_of(flat._replace(weight=flat.weight.requires_grad_()), "token") == Way(False)
 
 
 @pytest.mark.parametrize("live", [0, 1])

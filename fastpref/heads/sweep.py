@@ -50,14 +50,14 @@ def way_of(flat: _head.FlatHead, couples: str, *, frozen_too: bool = False) -> W
         return Way(False)
     if not flat.trained:
         return Way(frozen_too and torch.is_grad_enabled() and flat.hidden.requires_grad)
-    if rows_of_one_chunk(flat):
+    if rows_of_one_chunk(flat) is not None:
         return Way(False)
     hidden_size = flat.weight.shape[1]
     rows = chunks.chunk_tokens(hidden_size, flat.most_rows, flat.hidden.dtype, flat.workspace)
     copy = flat.most_rows * hidden_size * flat.inv_temperature.itemsize if flat.weight.requires_grad else 0
     if why_not_in_forward(couples, rows, copy, flat.max_extra_bytes) is not None:
         return Way(False)
-    return Way(False, copy) if rows_of_one_chunk(flat, copy) else Way(True)
+    return Way(True) if rows_of_one_chunk(flat, copy) is None else Way(False, copy)
 
 
 def sweep(

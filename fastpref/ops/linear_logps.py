@@ -119,13 +119,14 @@ def token_outputs(
     keep_rows, unit = 0, False
     if torch.is_grad_enabled():
         unit = hidden.requires_grad and not flat.trained and not entropy
-        keep_rows = rows_of_one_chunk(flat, extra) if flat.trained or (entropy and hidden.requires_grad) else 0
+        keeps = flat.trained or (entropy and hidden.requires_grad)
+        keep_rows = (rows_of_one_chunk(flat, extra) or 0) if keeps else 0
     found = _op(fn, hidden, weight, bias, targets, rows, inv_temperature, *options, unit, keep_rows, not only_logps)
     return dict(zip(("logps", *_head.OUTPUTS), found, strict=False))
 
 
-def rows_of_one_chunk(flat: _head.FlatHead, extra: int = 0) -> int:
-    """Rows of a chunk that holds every live target, 0 if `workspace` and `extra` bytes have no room for it."""
+def rows_of_one_chunk(flat: _head.FlatHead, extra: int = 0) -> int | None:
+    """Rows of a chunk that holds every live target; None: `workspace` and `extra` bytes have no room for it."""
     fits = chunks.chunk_tokens(flat.weight.shape[1], flat.most_rows, flat.hidden.dtype, flat.workspace, extra)
     count = flat.targets.numel()
     if not _head.recorded(flat.targets):
@@ -133,7 +134,7 @@ def rows_of_one_chunk(flat: _head.FlatHead, extra: int = 0) -> int:
         run = kernels.choose("head", flat.targets.device.type, flat.backend)
         if count > fits or not (flat.targets.is_cuda or run.STATIC):
             count = int((flat.targets != flat.ignore_index).sum())
-    return count if count <= fits else 0
+    return count if count <= fits else None
 
 
 @torch.library.custom_op("fastpref::linear_logps", mutates_args=())
