@@ -87,6 +87,10 @@ def test_why_names_the_reason():
     assert "batch" in planned(couples="batch").why and "20000" in planned(couples="batch").why
 
 
+def test_a_device_that_is_not_here_with_a_workspace():
+    assert planned(100, device="cuda:99", workspace=64 * MIB).passes == 3
+
+
 def test_nothing_to_plan():
     got = planned(0)
     assert (got.flops, got.chunk_tokens, got.chunks, got.chunk_bytes) == (0, 0, 0, 0)
@@ -103,6 +107,7 @@ REFUSALS = {
         "couples must be None or one of token, sequence, pair, batch; got 'row'",
     ),
     "workspace": ({"workspace": 5}, ValueError, "workspace .* at least 1 MiB; got 5"),
+    "a device that is not here": ({"device": "cuda:99"}, ValueError, "workspace must be given for device 'cuda:99'"),
     "extra": ({"max_extra_bytes": -1}, ValueError, "max_extra_bytes must be .* >= 0, or None; got -1"),
     "dtype": ({"dtype": torch.int32}, TypeError, "dtype must be .*; got .*int32"),
 }

@@ -62,7 +62,7 @@ def plan(
         max_extra_bytes: bytes that an fp32 copy of the weight's gradient may take, or exponentials in its place; None:
             what it takes.
     Raises:
-        ValueError: a size is negative, or couples is unknown.
+        ValueError: a size is negative, couples is unknown, or workspace is None for a device that is not here.
     """
     for name, value in (("n_tokens", n_tokens), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
         if not isinstance(value, int):
@@ -75,6 +75,11 @@ def plan(
         raise TypeError(f"plan: dtype must be a floating torch.dtype; got {dtype!r}")
     device = torch.device(device or "cpu")
     if workspace is None:
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"plan: workspace must be given for device {str(device)!r}, which this machine does not have; "
+                "the default is 1/32 of its memory"
+            )
         workspace = default_workspace(device)
     check_workspace("plan", workspace, vocab_size, dtype)
     check_max_extra_bytes("plan", max_extra_bytes)
