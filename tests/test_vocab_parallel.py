@@ -177,6 +177,13 @@ def check_policy_loss(rank):
         assert_same(*both(linear_policy_loss, args, {"loss": torch.tensor(1.7)}, rank, **given), rank, tolerance=1e-5)
 
 
+def check_the_least_of_what_a_copy_may_take(rank):
+    """The processes take the same passes, though one of them alone has no room for the copy of the gradient."""
+    args = {**in_sequences(4, 250), "advantages": upstream(4)}
+    given = {"entropy_coef": 0.1, "workspace": 2**20, "max_extra_bytes": None if rank else 0}
+    assert_same(*both(linear_policy_loss, args, {"loss": torch.tensor(1.7)}, rank, **given), rank, tolerance=1e-5)
+
+
 class Told:
     """What this process tells the others within the block: (collective, numbers)."""
 
@@ -192,7 +199,7 @@ class Told:
 
 
 def check_two_vectors_a_sweep(rank):
-    n, sizes = 40, ("gather", 5)  # the last: what the processes agree on, once a call
+    n, sizes = 40, ("gather", 6)  # the last: what the processes agree on, once a call
     args = head(n, H, V, ignored=0.0)
     mine = {**args, "weight": args["weight"][part_of(rank)]}
     for trained, outputs, told in (

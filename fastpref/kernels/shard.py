@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+UNBOUNDED = 2**62  # bytes; None as processes tell it to each other
+
 
 class Shard(NamedTuple):
     """Which rows of the vocabulary this process holds, and who holds the others."""
@@ -56,24 +58,34 @@ def in_order(parts: Tensor) -> Tensor:
 
 
 def agree(
-    fn: str, group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, n_targets: int, workspace: int
-) -> tuple[list[int], int]:
-    """(the bounds of each process's rows, the smallest workspace): what all must size their chunks by alike.
+    fn: str,
+    group: dist.ProcessGroup,
+    hidden: Tensor,
+    weight: Tensor,
+    n_targets: int,
+    workspace: int,
+    max_extra_bytes: int | None = None,
+) -> tuple[list[int], int, int | None]:
+    """(the bounds of each process's rows, the smallest workspace, the smallest max_extra_bytes).
+
+    All must size their chunks by them alike, and take the same passes.
 
     Raises:
         ValueError: this process is not in the group, or what should be replicated differs between processes.
     """
     if dist.get_rank(group) < 0:
         raise ValueError(f"{fn}: process_group must include this process")
-    names = "rows of weight", "workspace", "rows of hidden", "hidden size", "targets"
-    mine = torch.tensor([weight.shape[0], workspace, *hidden.flatten(0, -2).shape, n_targets], device=hidden.device)
+    names = "rows of weight", "workspace", "max_extra_bytes", "rows of hidden", "hidden size", "targets"
+    extra = UNBOUNDED if max_extra_bytes is None else min(max_extra_bytes, UNBOUNDED)
+    same_everywhere = *hidden.flatten(0, -2).shape, n_targets
+    mine = torch.tensor([weight.shape[0], workspace, extra, *same_everywhere], device=hidden.device)
     found = mine.new_empty(dist.get_world_size(group) * len(names))
     dist.all_gather_into_tensor(found, mine, group=group)
-    rows, workspaces, *same = zip(*found.view(-1, len(names)).tolist(), strict=True)
-    for name, numbers in zip(names[2:], same, strict=True):
+    rows, workspaces, extras, *same = zip(*found.view(-1, len(names)).tolist(), strict=True)
+    for name, numbers in zip(names[3:], same, strict=True):
         if len(set(numbers)) > 1:
             raise ValueError(f"{fn}: {name} must be as many on every process of process_group; got {list(numbers)}")
     bounds = [0]
     for count in rows:
         bounds.append(bounds[-1] + count)
-    return bounds, min(workspaces)
+    return bounds, min(workspaces), None if min(extras) == UNBOUNDED else min(extras)

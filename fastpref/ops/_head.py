@@ -115,10 +115,11 @@ def flatten(
     check_bending(fn, options.softcap, options.logit_scale)
     if workspace is None:
         workspace = default_workspace(hidden.device)
-    group, bounds = None, [0, vocab_size]
+    group, bounds, max_extra_bytes = None, [0, vocab_size], options.max_extra_bytes
     if process_group is not None:
         check_group(fn, process_group, hidden.device, backend)
-        bounds, workspace = agree(fn, process_group, hidden, weight, targets.numel(), workspace)
+        mine = workspace, max_extra_bytes
+        bounds, workspace, max_extra_bytes = agree(fn, process_group, hidden, weight, targets.numel(), *mine)
         if min(b - a for a, b in pairwise(bounds)) == 0:
             raise ValueError(f"{fn}: {w} must have a row or more on every process; got bounds {bounds}")
         group = process_group.group_name
@@ -145,7 +146,7 @@ def flatten(
         backend,
         group,
         bounds,
-        options.max_extra_bytes,
+        max_extra_bytes,
     )
 
 

@@ -115,7 +115,7 @@ def linear_divergence(
     group, bounds = None, [0, weight_p.shape[0]]
     if process_group is not None:
         _head.check_group(FN, process_group, hidden_p.device, backend)
-        bounds, workspace = agree(FN, process_group, hidden_p, weight_p, hidden_q.shape[-1], workspace)
+        bounds, workspace, _ = agree(FN, process_group, hidden_p, weight_p, hidden_q.shape[-1], workspace)
         group = process_group.group_name
     _head.check_workspace(FN, workspace, most_rows(bounds), widest)
     live = torch.ones(tokens, dtype=torch.bool, device=hidden_p.device) if mask is None else mask
