@@ -45,6 +45,21 @@ def test_the_reference_backend_is_torch_alone():
     torch.testing.assert_close(found(args["hidden"]), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("function", [linear_logps, linear_divergence, selective_logps])
+def test_the_reference_backend_has_a_forward_mode(function):
+    args = head(12, 5, 11)
+    by = {
+        linear_logps: lambda x: linear_logps(x, args["weight"], args["targets"], backend="reference"),
+        linear_divergence: lambda x: linear_divergence(
+            x, args["weight"], args["hidden"] + 1, args["weight"], backend="reference"
+        ),
+        selective_logps: lambda x: selective_logps(x @ args["weight"].T, args["targets"], backend="reference"),
+    }[function]
+    forward, reverse = torch.func.jacfwd(by)(args["hidden"]), torch.func.jacrev(by)(args["hidden"])
+    torch.testing.assert_close(forward, reverse, rtol=1e-5, atol=1e-6)
+    assert forward.any()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_head_inside_a_checkpoint(reentrant):
     """Its forward runs twice: first without gradient, one pass, then with."""

@@ -68,7 +68,7 @@ def reference(
         fn, ref_logps=ref_logps, ref_token_logps=ref_token_logps, ref_hidden=ref_hidden, ref_weight=ref_weight
     )
     _check.same_device(fn, hidden=flat.hidden, ref_logps=ref_logps, ref_token_logps=ref_token_logps)
-    _check.floating(fn, (*_check.FLOATS, torch.float64), ref_logps=ref_logps, ref_token_logps=ref_token_logps)
+    _check.floating(fn, _check.WIDE_FLOATS, ref_logps=ref_logps, ref_token_logps=ref_token_logps)
     dtype = flat.inv_temperature.dtype
     if reference_free:
         return None, torch.zeros_like(flat.inv_temperature)

@@ -198,7 +198,7 @@ def dpo_loss(
     }
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     _check.tensors(fn, **every, **lengths)
-    _check.floating(fn, (*_check.FLOATS, torch.float64), **every)
+    _check.floating(fn, _check.WIDE_FLOATS, **every)
     _check.rank(fn, (1,), policy_chosen_logps=policy_chosen_logps)
     _check.same_shape(fn, **every, **lengths)
     _check.same_dtype(fn, **every)

@@ -79,7 +79,7 @@ def policy_loss(
     """
     fn = "policy_loss"
     _check.tensors(fn, logps=logps, mask=mask, cu_seqlens=cu_seqlens)
-    _check.floating(fn, (*_check.FLOATS, torch.float64), logps=logps)
+    _check.floating(fn, _check.WIDE_FLOATS, logps=logps)
     _check.same_shape(fn, logps=logps, mask=mask, entropy=entropy)
     _check.same_device(fn, logps=logps, mask=mask, entropy=entropy, cu_seqlens=cu_seqlens)
     where = place(fn, "logps", logps, cu_seqlens)

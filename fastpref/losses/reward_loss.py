@@ -31,7 +31,7 @@ def reward_loss(
     both = {"chosen": chosen, "rejected": rejected}
     of_pairs = margin if isinstance(margin, Tensor) else None
     _check.tensors(fn, **both)
-    _check.floating(fn, (*_check.FLOATS, torch.float64), **both)
+    _check.floating(fn, _check.WIDE_FLOATS, **both)
     _check.rank(fn, (1,), chosen=chosen)
     _check.same_shape(fn, **both, margin=of_pairs)
     _check.same_dtype(fn, **both)

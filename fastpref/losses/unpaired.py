@@ -98,7 +98,7 @@ def kto_kl(policy_kl_logps: Tensor, ref_kl_logps: Tensor, *, process_group: dist
     both = {"policy_kl_logps": policy_kl_logps, "ref_kl_logps": ref_kl_logps}
     _check.tensors(fn, **both)
     _check.rank(fn, (1,), **both)
-    _check.floating(fn, (*_check.FLOATS, torch.float64), **both)
+    _check.floating(fn, _check.WIDE_FLOATS, **both)
     _check.same_shape(fn, **both)
     _check.same_device(fn, **both)
     wide = torch.promote_types(policy_kl_logps.dtype, torch.float32)
@@ -143,7 +143,7 @@ def kto_loss(
     fn = "kto_loss"
     both = {"policy_logps": policy_logps, "ref_logps": ref_logps}
     _check.tensors(fn, **both)
-    _check.floating(fn, (*_check.FLOATS, torch.float64), **both)
+    _check.floating(fn, _check.WIDE_FLOATS, **both)
     _check.rank(fn, (1,), policy_logps=policy_logps)
     _check.same_shape(fn, **both)
     _check.same_dtype(fn, **both)

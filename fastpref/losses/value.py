@@ -34,7 +34,7 @@ def value_loss(
     fn = "value_loss"
     every = {"values": values, "old_values": old_values, "returns": returns}
     _check.tensors(fn, **every, mask=mask)
-    _check.floating(fn, (*_check.FLOATS, torch.float64), **every)
+    _check.floating(fn, _check.WIDE_FLOATS, **every)
     _check.same_shape(fn, **every, mask=mask)
     _check.same_device(fn, **every, mask=mask)
     _check.number(fn, epsilon=epsilon)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+WIDE_FLOATS = (*FLOATS, torch.float64)
 
 
 def tensors(fn: str, **arguments: Tensor | None) -> None:

@@ -99,7 +99,7 @@ def flatten(
     _check.rank(fn, (2,), **{w: weight})
     _check.rank(fn, (1,), bias=bias, rows=rows, cu_seqlens=cu_seqlens)
     eager = backend in ("reference", "torch")
-    _check.floating(fn, (*_check.FLOATS, *((torch.float64,) if eager else ())), **{h: hidden})
+    _check.floating(fn, _check.WIDE_FLOATS if eager else _check.FLOATS, **{h: hidden})
     _check.same_dtype(fn, **{h: hidden, w: None if autocast_weight else weight, "bias": bias})
     _check.same_device(fn, **{h: hidden, w: weight}, **others)
     vocab_size, hidden_size = weight.shape

@@ -89,9 +89,8 @@ def linear_divergence(
         bias_q=bias_q,
         mask=mask,
     )
-    named = backend is not None
-    p = _side("p", hidden_p, weight_p, bias_p, named)
-    q = _side("q", hidden_q, weight_q, bias_q, named)
+    p = _side("p", hidden_p, weight_p, bias_p, backend)
+    q = _side("q", hidden_q, weight_q, bias_q, backend)
     tokens = hidden_p.shape[:-1]
     if hidden_q.shape[:-1] != tokens:
         raise ValueError(f"{FN}: hidden_q must hold the tokens of hidden_p, {tuple(tokens)}; got {_tuple(hidden_q)}")
@@ -135,15 +134,15 @@ def linear_divergence(
     return found.reshape(tokens)
 
 
-def _side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, named_backend: bool) -> Side:
+def _side(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Side:
     """One head's tensors, checked and flat, and in the dtype of autocast if there is one."""
     named = {f"hidden_{name}": hidden, f"weight_{name}": weight, f"bias_{name}": bias}
     _head.refuse_sharded(FN, **named)
-    _check.reverse_mode_only(FN, **named)
+    if backend != "reference":
+        _check.reverse_mode_only(FN, **named)
     _check.rank(FN, (2, 3), **{f"hidden_{name}": hidden})
     _check.rank(FN, (2,), **{f"weight_{name}": weight})
-    floats = (*_check.FLOATS, *((torch.float64,) if named_backend else ()))
-    _check.floating(FN, floats, **named)
+    _check.floating(FN, _check.FLOATS if backend is None else _check.WIDE_FLOATS, **named)
     hidden, weight, bias, autocast_weight = _head.under_autocast(hidden, weight, bias)
     named = {f"hidden_{name}": hidden, f"weight_{name}": None if autocast_weight else weight, f"bias_{name}": bias}
     _check.same_dtype(FN, **named)

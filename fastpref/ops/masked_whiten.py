@@ -20,7 +20,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, process_group: "dist.ProcessGroup 
     """
     fn = "masked_whiten"
     _check.tensors(fn, x=x, mask=mask)
-    _check.floating(fn, (*_check.FLOATS, torch.float64), x=x)
+    _check.floating(fn, _check.WIDE_FLOATS, x=x)
     _check.same_shape(fn, x=x, mask=mask)
     _check.same_device(fn, x=x, mask=mask)
     live = mask != 0

@@ -54,7 +54,7 @@ def selective_logps(
     if backend is not None and backend not in _head.BACKENDS:
         raise ValueError(f"{fn}: backend must be None or one of {', '.join(_head.BACKENDS)}; got {backend!r}")
     eager = backend in ("reference", "torch")
-    _check.floating(fn, (*_check.FLOATS, *((torch.float64,) if eager else ())), logits=logits)
+    _check.floating(fn, _check.WIDE_FLOATS if eager else _check.FLOATS, logits=logits)
     _check.integer(fn, targets=targets)
     _check.same_device(fn, logits=logits, targets=targets)
     if logits.dim() == 0 or logits.shape[-1] == 0:
