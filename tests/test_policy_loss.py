@@ -294,8 +294,9 @@ def test_a_function_of_ones_own():
 def test_dtypes(dtype):
     given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in arguments(rollout()).items()}
     wide = {k: x.double() if x.is_floating_point() else x for k, x in given.items()}
-    out = policy_loss(**given)
-    assert out.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    out = policy_loss(**given, entropy=-given["logps"])
+    assert {x.dtype for x in out[:3]} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert torch.equal(out.logps.nan_to_num(), given["logps"].to(out.logps.dtype).nan_to_num())
     torch.testing.assert_close(out.loss.double(), policy_loss(**wide).loss, rtol=1e-5, atol=1e-6)
 
 

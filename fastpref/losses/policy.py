@@ -111,4 +111,5 @@ def policy_loss(
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
     losses = goal.losses(flat, flat_entropy)
     loss = losses.reshape(logps.shape) if goal.reduction == "none" else losses.sum()
-    return PolicyOutput(loss, logps, entropy, goal.metrics(flat, flat_entropy))
+    wide_entropy = None if entropy is None else entropy.to(dtype)
+    return PolicyOutput(loss, logps.to(dtype), wide_entropy, goal.metrics(flat, flat_entropy))
