@@ -72,8 +72,9 @@ def test_a_learnable_tensor_in_a_loss_silently_got_no_gradient():
         return scale * beta * pairs.chosen_logratios
 
     options = {"loss_type": scaled, "ref_logps": ref_logps}
-    with pytest.raises(ValueError, match="must depend on nothing learnable but the log-probs"):
-        linear_preference_loss(hidden, weight, targets, workspace=MIB, **options)
+    for head, workspace in ((weight, MIB), (weight, 64 * MIB), (weight.detach(), MIB)):  # several chunks, and one
+        with pytest.raises(ValueError, match="must depend on nothing learnable but the log-probs"):
+            linear_preference_loss(hidden, head, targets, workspace=workspace, **options)
     linear_preference_loss(hidden, weight, targets, reduction="none", **options).loss.mean().backward()
     assert scale.grad.abs() > 0
     with pytest.raises(TypeError, match="beta must be a number; got Parameter"):

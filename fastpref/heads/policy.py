@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpref.heads._rows import token_rows
-from fastpref.heads.sweep import Way, sweep, way_of
+from fastpref.heads.sweep import Way, summed, sweep, way_of
 from fastpref.losses._protocol import Loss
 from fastpref.losses._sums import Place, place
 from fastpref.losses.objective import Objective, objective
@@ -119,7 +119,7 @@ def linear_policy_loss(
         found = token_outputs(FN, flat, entropy=entropy_coef != 0, extra=way.extra)
         fused = token_rows(goal, found["logps"], found["entropy"], _bounds(where, cu_seqlens))
         losses = goal.losses(found["logps"], found["entropy"]) if fused is None else fused.losses
-        loss = losses.reshape(targets.shape) if goal.reduction == "none" else losses.sum()
+        loss = losses.reshape(targets.shape) if goal.reduction == "none" else summed(FN, losses, found)
     logps, entropy = found["logps"], found["entropy"]
     metrics = goal.metrics(logps, entropy) if fused is None else fused.metrics
     return PolicyOutput(loss, logps.reshape(targets.shape), entropy.reshape(targets.shape), metrics)

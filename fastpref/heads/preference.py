@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpref.heads._divisor import divisor
 from fastpref.heads._rows import pair_rows
 from fastpref.heads._sequences import Sequences, mean, reference, token_metrics
-from fastpref.heads.sweep import Way, sweep, way_of
+from fastpref.heads.sweep import Way, summed, sweep, way_of
 from fastpref.losses._protocol import Loss
 from fastpref.losses._sums import place
 from fastpref.losses.dpo import PairLoss, bind
@@ -128,10 +128,11 @@ def linear_preference_loss(
         pairs = _pairs(batch, found)
         fused = pair_rows(loss_of_pairs, pairs)
     else:
-        pairs = _pairs(batch, token_outputs(FN, flat, extra=way.extra))
+        found = token_outputs(FN, flat, extra=way.extra)
+        pairs = _pairs(batch, found)
         fused = pair_rows(loss_of_pairs, pairs)
         losses = loss_of_pairs(pairs) if fused is None else fused.losses
-        loss = losses if reduction == "none" else losses.sum()
+        loss = losses if reduction == "none" else summed(FN, losses, found)
     logps = pairs.chosen_logps, pairs.rejected_logps
     if fused is not None:
         rewards, metrics = (fused.chosen_rewards, fused.rejected_rewards), fused.metrics

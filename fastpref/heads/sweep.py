@@ -204,9 +204,17 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
+def summed(fn: str, losses: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+    """The sum of losses that stand on linear_logps, whose `outputs` these are; refuses what a sweep refuses."""
+    loss = losses.sum()
+    if not torch.compiler.is_compiling():
+        _refuse_learnable(fn, loss, (outputs["logps"], outputs["entropy"]))
+    return loss
+
+
 def _refuse_learnable(fn: str, loss: Tensor, leaves: tuple[Tensor, ...]) -> None:
-    """Raises if something beside `leaves` would get a gradient from this graph: here it would get none."""
-    seen, ahead = set(), [loss.grad_fn]
+    """Raises if something beside `leaves` would get a gradient from this graph: of a sweep it would get none."""
+    seen, ahead = {x.grad_fn for x in leaves}, [loss.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpref.heads._divisor import divisor
 from fastpref.heads._sequences import Sequences, mean, reference, token_metrics
-from fastpref.heads.sweep import Way, sweep, way_of
+from fastpref.heads.sweep import Way, summed, sweep, way_of
 from fastpref.losses._protocol import Loss, Terms
 from fastpref.losses._sums import place
 from fastpref.losses.unpaired import Unpaired, bind, check_desirable, checked_kl, rewards
@@ -109,9 +109,10 @@ def linear_unpaired_loss(
         loss, found = sweep(FN, flat, of, n, partial(_loss_of, terms, beta, batch, desirable, at))
         unpaired = _unpaired(batch, desirable, at, found)
     else:
-        unpaired = _unpaired(batch, desirable, at, token_outputs(FN, flat, extra=way.extra))
+        found = token_outputs(FN, flat, extra=way.extra)
+        unpaired = _unpaired(batch, desirable, at, found)
         losses = terms(FN, unpaired.logps, unpaired, beta=beta)
-        loss = losses if reduction == "none" else losses.sum()
+        loss = losses if reduction == "none" else summed(FN, losses, found)
     of_each = rewards(unpaired, beta)
     return UnpairedOutput(loss / by, unpaired.logps, of_each, _metrics(unpaired, of_each))
 
