@@ -350,7 +350,7 @@ def test_refuses_options(message):
 @pytest.mark.parametrize("bounds", [[0, 2], [1, 6], [0, 4, 2, 6]])
 def test_refuses_bounds_that_do_not_fit(bounds):
     flat = {key: x.reshape(-1) for key, x in GIVEN.items() if key != "advantages"}
-    with pytest.raises(ValueError, match=r"^policy_loss: cu_seqlens must rise from 0 to the number of tokens, 6; got"):
+    with pytest.raises(ValueError, match=r"^policy_loss: cu_seqlens must rise from 0 to the number of logps, 6; got"):
         policy_loss(**flat, advantages=flat["logps"], cu_seqlens=torch.tensor(bounds))
     with pytest.raises(ValueError, match=r"^policy_loss: packed logps .N,. needs cu_seqlens"):
         policy_loss(**flat, advantages=flat["logps"])

@@ -27,12 +27,7 @@ def place(fn: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Plac
         return Place(tokens.shape, sequence, n)
     if cu_seqlens is None:
         raise ValueError(f"{fn}: packed {name} (N,) needs cu_seqlens, (S + 1,) int32")
-    _check.rank(fn, (1,), cu_seqlens=cu_seqlens)
-    _check.integer(fn, cu_seqlens=cu_seqlens)
-    if not torch.compiler.is_compiling() and not cu_seqlens.is_cuda:
-        bounds, total = cu_seqlens.tolist(), tokens.shape[0]
-        if not bounds or bounds[0] != 0 or bounds[-1] != total or bounds != sorted(bounds):
-            raise ValueError(f"{fn}: cu_seqlens must rise from 0 to the number of tokens, {total}; got {bounds}")
+    _check.cu_seqlens(fn, cu_seqlens, tokens.shape[0], name)
     index = torch.arange(tokens.shape[0], device=tokens.device)
     sequence = torch.searchsorted(cu_seqlens.long()[1:], index, right=True)
     return Place(tokens.shape, sequence, cu_seqlens.shape[0] - 1)

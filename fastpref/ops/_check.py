@@ -5,6 +5,7 @@ and None stands for an optional argument that was not given.
 """
 
 import numbers
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -95,6 +96,19 @@ def between(fn: str, low: float, high: float, **arguments: float) -> None:
     for name, value in arguments.items():
         if not low <= value <= high:
             raise ValueError(f"{fn}: {name} must be in [{low}, {high}]; got {value}")
+
+
+def cu_seqlens(fn: str, value: Tensor, total: int, of: str) -> None:
+    """value is (S + 1,), and where looking at it waits for nothing, rises from 0 to `total`, the number of `of`."""
+    rank(fn, (1,), cu_seqlens=value)
+    integer(fn, cu_seqlens=value)
+    if value.numel() == 0:
+        raise ValueError(f"{fn}: cu_seqlens must be (S + 1,), starting with 0; got an empty tensor")
+    if torch.compiler.is_compiling() or value.is_cuda:
+        return
+    bounds = value.tolist()
+    if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(f"{fn}: cu_seqlens must rise from 0 to the number of {of}, {total}; got {bounds}")
 
 
 def num_items(fn: str, value: float | Tensor) -> float | Tensor:

@@ -97,7 +97,7 @@ def flatten(
     hidden, weight, bias, autocast_weight = under_autocast(hidden, weight, bias)
     _check.rank(fn, (2, 3), **{h: hidden})
     _check.rank(fn, (2,), **{w: weight})
-    _check.rank(fn, (1,), bias=bias, rows=rows, cu_seqlens=cu_seqlens)
+    _check.rank(fn, (1,), bias=bias, rows=rows)
     eager = backend in ("reference", "torch")
     _check.floating(fn, _check.WIDE_FLOATS if eager else _check.FLOATS, **{h: hidden})
     _check.same_dtype(fn, **{h: hidden, w: None if autocast_weight else weight, "bias": bias})
@@ -109,7 +109,7 @@ def flatten(
         raise ValueError(f"{fn}: {w} must be (V, H) with V, H >= 1; got {tuple(weight.shape)}")
     if bias is not None and bias.shape[0] != vocab_size:
         raise ValueError(f"{fn}: bias must be ({vocab_size},), the rows of {w}; got {tuple(bias.shape)}")
-    _check.integer(fn, targets=targets, rows=rows, cu_seqlens=cu_seqlens)
+    _check.integer(fn, targets=targets, rows=rows)
     _check_layout(fn, h, hidden, targets, rows, cu_seqlens)
 
     check_bending(fn, options.softcap, options.logit_scale)
@@ -193,12 +193,7 @@ def _check_layout(
     if cu_seqlens is not None:
         if hidden.dim() != 2:
             raise ValueError(f"{fn}: cu_seqlens wants packed {name} (N, H); got {shape}")
-        if cu_seqlens.numel() == 0:
-            raise ValueError(f"{fn}: cu_seqlens must be (S + 1,), starting with 0; got an empty tensor")
-        if not torch.compiler.is_compiling() and not cu_seqlens.is_cuda:
-            bounds, total = cu_seqlens.tolist(), targets.shape[0]
-            if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
-                raise ValueError(f"{fn}: cu_seqlens must rise from 0 to the number of targets, {total}; got {bounds}")
+        _check.cu_seqlens(fn, cu_seqlens, targets.shape[0], "targets")
 
 
 def without_autocast(f: F) -> F:
