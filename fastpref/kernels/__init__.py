@@ -1,5 +1,8 @@
 """What runs where: operation x on backend b is fastpref.kernels.b.x.x, and `choose` alone picks b.
 
+linear_logps alone is not: its kernels are `head`'s, the steps of a sweep over the vocabulary that label_margin and the
+losses of heads/ share.
+
 reference   eager PyTorch, any device and dtype, the oracle of every test; never chosen automatically
 torch       eager PyTorch, vectorised, any device: the fallback, said aloud once
 cpu         C++, csrc/*.cpp

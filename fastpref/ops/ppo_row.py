@@ -19,9 +19,7 @@ METRICS = (
 
 
 class TokenRows(NamedTuple):
-    losses: (
-        Tensor  # (N,), 0 where nothing is live; differentiable in logps, and in the entropy if its coefficient is not 0
-    )
+    losses: Tensor  # (N,), 0 where nothing is live; differentiable in logps, in the entropy if entropy_coef is not 0
     metrics: dict[str, Tensor]  # 0-d, detached, under TRL's names; empty without bounds
 
 

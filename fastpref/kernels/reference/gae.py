@@ -12,7 +12,7 @@ def gae(
     bootstrap: Tensor | None,
     gamma: float,
     lam: float,
-    moments: bool = True,
+    moments: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(2, B, T), advantages and returns, in float64 for float64 inputs and float32 otherwise.
 

@@ -22,7 +22,7 @@ ROUNDS = False
 SLABS = False
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the accumulator's precision."""
     dtype = accumulator(a.dtype)
     if a.is_cuda and a.dtype == b.dtype and a.dtype.itemsize == 2:
@@ -35,10 +35,10 @@ def _logits(x: Tensor, weight: Tensor, *, few: bool) -> Tensor:
     columns = weight.shape[0]
     if few:
         weight = torch.cat((weight, weight.new_zeros(SMALL_BLOCK - columns, weight.shape[1])))
-    return _product(x, weight.T)[:, :columns]
+    return wide_product(x, weight.T)[:, :columns]
 
 
-def _slabs(n: int, vocab_size: int, slab_bytes: int = 2 * 2**20) -> list[slice]:
+def slabs_of(n: int, vocab_size: int, slab_bytes: int = 2 * 2**20) -> list[slice]:
     """Slices of the vocabulary whose (n, slice) in fp32 takes slab_bytes."""
     size = max(64, slab_bytes // (4 * max(n, 1)))
     return [slice(first, min(first + size, vocab_size)) for first in range(0, vocab_size, size)]
@@ -72,7 +72,7 @@ def score(
     weight, n = head.weight, x.shape[0]
     sums = torch.zeros(len(Sums._fields), n, dtype=torch.float64, device=x.device)
     sums[4] = -torch.inf
-    for slab in _slabs(n, weight.shape[0], head.slab_bytes):
+    for slab in slabs_of(n, weight.shape[0], head.slab_bytes):
         z = _logits(x, weight[slab].to(x.dtype), few=weight.shape[0] < SMALL_BLOCK)
         if head.bias is not None:
             z += head.bias[slab]
@@ -128,8 +128,8 @@ def _score_blocks(
 def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: Tensor) -> Tensor:
     """(n, H): diag(factor) F W, in the accumulator's precision."""
     out = torch.zeros(n, weight.shape[1], dtype=accumulator(chunk.dtype), device=weight.device)
-    for slab in _slabs(max(n, weight.shape[1]), weight.shape[0]):
-        out += _product(chunk[:n, slab], weight[slab].to(dtype).to(chunk.dtype))
+    for slab in slabs_of(max(n, weight.shape[1]), weight.shape[0]):
+        out += wide_product(chunk[:n, slab], weight[slab].to(dtype).to(chunk.dtype))
     return out.mul_(factor[:, None])
 
 
@@ -141,13 +141,13 @@ def d_weight(chunk: Tensor, scaled: Tensor, factor: Tensor, out: Tensor, accumul
     """out (V, H) = F^T scaled, or += if accumulate."""
     n = scaled.shape[0]
     operand = scaled.to(chunk.dtype) if chunk.is_cuda else scaled
-    for slab in _slabs(max(scaled.shape), out.shape[0]):
+    for slab in slabs_of(max(scaled.shape), out.shape[0]):
         f = chunk[:n, slab].T
-        product = _product(f, operand) if chunk.is_cuda else f.to(out.dtype) @ operand
+        product = wide_product(f, operand) if chunk.is_cuda else f.to(out.dtype) @ operand
         out[slab] = out[slab].add_(product) if accumulate else product
 
 
 def add_d_bias(chunk: Tensor, factor: Tensor, out: Tensor) -> None:
     """out (V,) += F^T factor."""
-    for slab in _slabs(factor.numel(), out.numel()):
+    for slab in slabs_of(factor.numel(), out.numel()):
         out[slab] += factor @ chunk[: factor.numel(), slab].to(factor.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastpref.kernels.chunks import chunk_dtype
 from fastpref.kernels.divergence import Form, Side
 from fastpref.kernels.shard import Shard
-from fastpref.kernels.torch.head import _product, _slabs
+from fastpref.kernels.torch.head import slabs_of, wide_product
 
 
 class Part(NamedTuple):
@@ -75,8 +75,8 @@ def gradients(
                 d_hidden[part.rows] = (_d_hidden(slopes, side) * factor[:, None]).to(d_hidden.dtype)
             if d_weight.numel():
                 scaled = _operand(side.hidden[part.rows].to(factor.dtype) * factor[:, None], side)
-                for slab in _slabs(max(scaled.shape), d_weight.shape[0]):
-                    d_weight[slab] += _product(_operand(slopes[:, slab].T, side), scaled)
+                for slab in slabs_of(max(scaled.shape), d_weight.shape[0]):
+                    d_weight[slab] += wide_product(_operand(slopes[:, slab].T, side), scaled)
             if d_bias.numel():
                 d_bias += factor @ slopes
     _add_over_ranks(form.shard, [found[0], found[3]])
@@ -102,7 +102,7 @@ def _parts(p: Side, q: Side, index: Tensor, inv_temperature: Tensor, form: Form,
         inv_t = inv_temperature[rows]
         log_p, log_q = buffers[:, : rows.numel()]
         lse_p, lse_q = (_log_probs(side, rows, inv_t, form, out) for side, out in ((p, log_p), (q, log_q)))
-        slabs = _slabs(rows.numel(), vocab_size, form.workspace // 32)
+        slabs = slabs_of(rows.numel(), vocab_size, form.workspace // 32)
         divergence, center_p, center_q = _sums(log_p, log_q, slabs, form)
         for slab in slabs if with_slopes else ():
             a, b = log_p[:, slab], log_q[:, slab]
@@ -118,9 +118,9 @@ def _parts(p: Side, q: Side, index: Tensor, inv_temperature: Tensor, form: Form,
 def _log_probs(side: Side, rows: Tensor, inv_temperature: Tensor, form: Form, out: Tensor) -> Tensor:
     """log softmax(z) into out (n, V); returns logsumexp(z)."""
     x, (vocab_size, hidden_size) = side.hidden[rows], side.weight.shape
-    slabs = _slabs(max(rows.numel(), hidden_size), vocab_size, form.workspace // 32)
+    slabs = slabs_of(max(rows.numel(), hidden_size), vocab_size, form.workspace // 32)
     for slab in slabs:
-        z = _product(x, side.weight[slab].to(x.dtype).T)
+        z = wide_product(x, side.weight[slab].to(x.dtype).T)
         if side.bias is not None:
             z += side.bias[slab]
         z *= form.logit_scale
@@ -190,8 +190,8 @@ def _d_hidden(slopes: Tensor, side: Side) -> Tensor:
     """(n, H): slopes @ weight."""
     n, (vocab_size, hidden_size) = slopes.shape[0], side.weight.shape
     out = slopes.new_zeros(n, hidden_size)
-    for slab in _slabs(max(n, hidden_size), vocab_size):
-        out += _product(_operand(slopes[:, slab], side), _operand(side.weight[slab].to(side.hidden.dtype), side))
+    for slab in slabs_of(max(n, hidden_size), vocab_size):
+        out += wide_product(_operand(slopes[:, slab], side), _operand(side.weight[slab].to(side.hidden.dtype), side))
     return out
 
 

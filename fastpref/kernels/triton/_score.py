@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """Cephes' tanhf: an odd polynomial below 0.625, else 1 - 2 / (exp(2 |x|) + 1)."""
     s = x * x
     p = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
@@ -136,7 +136,7 @@ def _add_columns(
         z += tl.load(bias_ptr + column, mask=real, other=0.0).to(tl.float32)[None, :]
     z *= logit_scale
     if HAS_CAP:
-        bent = _tanh(z / softcap)
+        bent = tanh(z / softcap)
         z = softcap * bent
     z *= inv_temperature[:, None]
     z_sum += tl.sum(tl.where(real[None, :], z, 0.0), 1)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastpref.kernels.triton._score import _tanh
+from fastpref.kernels.triton._score import tanh
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def selective_sums_kernel(
             real = column < V
             z = tl.load(logits_ptr + row * stride_m + column, mask=real, other=0.0).to(tl.float32) * logit_scale
             if HAS_CAP:
-                z = softcap * _tanh(z / softcap)
+                z = softcap * tanh(z / softcap)
             z *= inv_temperature
             z_sum += tl.sum(tl.where(real, z, 0.0), 0)
             z_y += tl.sum(tl.where(column == target, z, 0.0), 0)
@@ -94,7 +94,7 @@ def selective_gradient_kernel(
         anchor, total = tl.load(anchor_ptr + row), tl.load(total_ptr + row)
         z = tl.load(logits_ptr + row * stride_m + column, mask=real, other=0.0).to(tl.float32) * logit_scale
         if HAS_CAP:
-            bent = _tanh(z / softcap)
+            bent = tanh(z / softcap)
             z = softcap * bent
         d = z * inv_temperature - anchor
         p = tl.exp(d) / total

@@ -20,7 +20,9 @@ class Score(NamedTuple):
     warps: int
     stages: int
     fresh: int  # tiles of depth an accumulator takes; 256 of H at most
-    descriptors: bool = False  # operands through the tensor memory accelerator, where they are aligned for it
+    # operands through the tensor memory accelerator, where they are aligned for it: no row has it before it is measured
+    # to be faster; tests and the tuner do
+    descriptors: bool = False
 
 
 class Product(NamedTuple):

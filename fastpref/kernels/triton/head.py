@@ -38,7 +38,7 @@ def _config(hidden: Tensor, weight: Tensor) -> configs.Config:
     return configs.lookup(configs.arch_of(hidden.device), hidden.dtype, hidden_size, vocab_size)
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -54,7 +54,7 @@ def label_dots(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
     if out.numel():
         strides = x.stride(0), *weight.stride()
-        with _on(x):
+        with on_device_of(x):
             label_dots_kernel[(out.numel(),)](
                 x, weight, targets.contiguous(), out, x.shape[1], *strides, BLOCK=1024, **COMPILE
             )
@@ -91,7 +91,7 @@ def score(
     sums = torch.empty(len(Sums._fields), n, dtype=torch.float64, device=x.device)
     if not n:
         return Sums(*sums)
-    with _on(x):
+    with on_device_of(x):
         score_kernel[(triton.cdiv(n, config.rows) * blocks,)](
             TensorDescriptor.from_tensor(x, [config.rows, config.depth]) if descriptors else x,
             TensorDescriptor.from_tensor(weight, [config.columns, config.depth]) if descriptors else weight,
@@ -147,7 +147,7 @@ def d_hidden(chunk: Tensor, n: int, weight: Tensor, dtype: torch.dtype, factor: 
     out = torch.empty(n, hidden_size, dtype=torch.float32, device=weight.device)
     tile = config.d_hidden
     grid = (triton.cdiv(n, tile.rows) * triton.cdiv(hidden_size, tile.columns),)
-    with _on(weight):
+    with on_device_of(weight):
         d_hidden_kernel[grid](
             chunk,
             weight,
@@ -189,7 +189,7 @@ def d_weight(chunk: Tensor, scaled: Tensor, factor: Tensor, out: Tensor, accumul
     torch.ne(factor, 0, out=wanted[:n])
     block = wanted.view(-1, tile.depth).any(1)
     grid = (triton.cdiv(out.shape[0], tile.rows) * triton.cdiv(hidden_size, tile.columns),)
-    with _on(out):
+    with on_device_of(out):
         d_weight_kernel[grid](
             chunk,
             scaled.contiguous(),
@@ -216,7 +216,7 @@ def d_weight(chunk: Tensor, scaled: Tensor, factor: Tensor, out: Tensor, accumul
 def add_d_bias(chunk: Tensor, factor: Tensor, out: Tensor) -> None:
     """out (V,) fp32 += F^T factor."""
     grid = (triton.cdiv(out.numel(), 128),)
-    with _on(out):
+    with on_device_of(out):
         d_bias_kernel[grid](
             chunk, factor, out, factor.numel(), out.numel(), chunk.stride(0), ROWS=32, COLUMNS=128, **COMPILE
         )
@@ -232,7 +232,7 @@ def add_rows(out: Tensor, index: Tensor, values: Tensor, scale: Tensor | None, o
     n, width = values.shape
     if not n:
         return
-    with _on(out):
+    with on_device_of(out):
         add_rows_kernel[(n,)](
             order,
             index.contiguous(),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastpref.kernels.head import Sums, finish
 from fastpref.kernels.triton._selective import selective_gradient_kernel, selective_sums_kernel
-from fastpref.kernels.triton.head import COMPILE, _on
+from fastpref.kernels.triton.head import COMPILE, on_device_of
 
 STATIC = True
 BLOCK, WARPS = 4096, 8  # columns at a time
@@ -29,7 +29,7 @@ def selective_logps(
     z_y = torch.empty(m, dtype=torch.float32, device=logits.device)
     parts = z_y.new_empty(len(Sums._fields), m)
     if m:
-        with _on(logits):
+        with on_device_of(logits):
             selective_sums_kernel[(m,)](
                 logits,
                 targets.contiguous(),
@@ -80,7 +80,7 @@ def d_logits(
         grad_entropy = grad_entropy.contiguous()
     anchor, total = state
     block = min(BLOCK, triton.next_power_of_2(vocab_size))
-    with _on(logits):
+    with on_device_of(logits):
         selective_gradient_kernel[(m, triton.cdiv(vocab_size, block))](
             logits,
             targets.contiguous(),
