@@ -243,6 +243,7 @@ REFUSED = {
     "values must be on the device of rewards, cpu; got meta": {"values": ROW.to("meta")},
     r"gamma must be in \[0, 1\]; got 1.5": {"gamma": 1.5},
     r"gamma must be in \[0, 1\]; got nan": {"gamma": float("nan")},
+    "gamma must be a number; got str": {"gamma": "a"},
     r"lam must be in \[0, 1\]; got -0.1": {"lam": -0.1},
 }
 

@@ -68,6 +68,18 @@ BOTH = {
         ValueError,
         "use_weighting weighs pairs, .*or a function without fastpref.couples",
     ),
+    "weight a word": ({"loss_weights": ["a"]}, TypeError, "loss_weights must be a number; got str"),
+    "weight nan": ({"loss_weights": [math.nan]}, ValueError, "loss_weights must be finite; got nan"),
+    "a list in a list": (
+        {"loss_type": [["ipo"]]},
+        ValueError,
+        r"loss_type must be a function or one of .*; got \['ipo'\]",
+    ),
+    "free of a reference": (
+        {"reference_free": "yes"},
+        TypeError,
+        "reference_free must be True or False; got 'yes'",
+    ),
     "weighting by a number": ({"use_weighting": 0.5}, TypeError, "use_weighting must be True or False; got 0.5"),
 }
 

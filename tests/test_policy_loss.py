@@ -311,6 +311,11 @@ REFUSED = {
     "kl_coef = 0.1 needs ref_logps, and got none": {"kl_coef": 0.1},
     "kl_coef must be >= 0 and finite; got -0.1": {"kl_coef": -0.1},
     "kl_estimator must be one of k1, k2, k3; got 'k4'": {"kl_estimator": "k4"},
+    "kl_estimator must be one of k1, k2, k3; got .'k1'.": {"kl_estimator": ["k1"]},
+    "use_bias_correction_kl must be True or False; got 'yes'": {"use_bias_correction_kl": "yes"},
+    "loss_weights must be a number; got str": {"loss_weights": ["a"]},
+    "loss_weights must be finite; got inf": {"loss_weights": [float("inf")]},
+    "loss_type must be a function or one of .*; got .'ppo'.": {"loss_type": [["ppo"]]},
     "entropy_coef = 0.1 needs entropy, and got none": {"entropy_coef": 0.1},
     "reduction must be one of mean, sum, .*; got 'avg'": {"reduction": "avg"},
     "reduction='constant' needs max_length, and got none": {"loss_type": "dr_grpo"},
@@ -334,7 +339,9 @@ def test_refuses(message):
 OPTION_REFUSED = {
     "ppo: epsilon and epsilon_high must be >= 0; got -0.1 and -0.1": ("ppo", {"epsilon": -0.1}),
     "ppo: delta must be > 1, or None; got 0.9": ("ppo", {"delta": 0.9}),
-    "sapo: temperatures must be > 0; got 0 and 1.05": ("sapo", {"sapo_temperature_pos": 0}),
+    "sapo: temperatures must be > 0 and finite; got 0 and 1.05": ("sapo", {"sapo_temperature_pos": 0}),
+    "sapo: temperatures must be > 0 and finite; got 1.0 and inf": ("sapo", {"sapo_temperature_neg": float("inf")}),
+    "cispo: epsilon and epsilon_high must be >= 0; got nan": ("cispo", {"epsilon": float("nan")}),
     "cispo: epsilon and epsilon_high must be >= 0": ("cispo", {"epsilon_high": -1.0}),
     "gspo: epsilon must be a number; got str": ("gspo", {"epsilon": "0.2"}),
 }

@@ -81,6 +81,17 @@ def test_a_learnable_tensor_in_a_loss_silently_got_no_gradient():
         linear_preference_loss(hidden, weight, targets, ref_logps=ref_logps, beta=scale)
 
 
+def test_the_row_of_target_156_in_uint8_was_read_as_that_of_an_ignored_one():
+    """-100 in eight bits."""
+    hidden, weight, _, _ = batch(1)
+    targets, rows = torch.tensor([156, 3, 156]), torch.tensor([4, 5, 17])
+    hidden = hidden.flatten(0, 1)
+    assert torch.equal(
+        linear_logps(hidden, weight, targets.to(torch.uint8), rows=rows),
+        linear_logps(hidden, weight, targets, rows=rows),
+    )
+
+
 def test_one_loss_of_a_list_was_broadcast_over_the_pairs():
     hidden, weight, targets, ref_logps = batch(2)
     losses = ["sigmoid", lambda pairs, *, beta: pairs.chosen_logps.sum()]

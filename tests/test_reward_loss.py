@@ -55,6 +55,7 @@ REFUSALS = {
         r"margin must have the shape of chosen, \(3,\); got \(1,\)",
     ),
     "margin": ({"margin": "1"}, TypeError, "margin must be a number; got str"),
+    "margin nan": ({"margin": math.nan}, ValueError, "margin must be finite; got nan"),
     "center_coef": ({"center_coef": -0.1}, ValueError, "center_coef must be >= 0 and finite; got -0.1"),
     "center_coef nan": ({"center_coef": math.nan}, ValueError, "center_coef must be >= 0 and finite; got nan"),
     "no tensor": ({"chosen": [0.0]}, TypeError, "chosen must be a tensor; got list"),

@@ -216,6 +216,8 @@ REFUSED = {
     r"masked_whiten: mask must have the shape of x, \(2, 3\); got \(3,\)": lambda: masked_whiten(X, X[0]),
     "masked_whiten: x must be one of .*; got int64": lambda: masked_whiten(X.long(), X),
     "normalize_rewards: clip must be > 0, or None; got 0": lambda: normalize_rewards(X, RunningMoments(), clip=0),
+    "normalize_rewards: clip must be a number; got str": lambda: normalize_rewards(X, RunningMoments(), clip="a"),
+    "update_kl_coef: gain must be finite; got inf": lambda: update_kl_coef(AdaptiveKL(0.1, 6.0, math.inf), 1.0),
     "update_moments: x must be a tensor; got list": lambda: update_moments(RunningMoments(), [1.0]),
     "update_kl_coef: target must be > 0; got 0": lambda: update_kl_coef(AdaptiveKL(0.1, 0), 1.0),
     "update_kl_coef: kl must be finite; got nan": lambda: update_kl_coef(AdaptiveKL(0.1, 6.0), math.nan),

@@ -23,6 +23,8 @@ def pair_rows(loss: PairLoss, pairs: Pairs) -> PairRows | None:
         return None
     term = loss.terms.terms[0]
     smoothing = term.options.get("label_smoothing", 0.0)
+    if not _numbers(smoothing):
+        return None
     ref_chosen, ref_rejected = pairs.ref_chosen_logps, pairs.ref_rejected_logps
     if term.loss not in OF_PAIRS or not 0 <= smoothing < 0.5 or ref_chosen is None or ref_rejected is None:
         return None
@@ -46,6 +48,8 @@ def token_rows(
     high = epsilon if high is None else high
     delta = term.options.get("delta")
     delta = float("inf") if delta is None else delta
+    if not _numbers(epsilon, high, delta):
+        return None
     if term.loss not in OF_TOKENS or not epsilon >= 0 or not high >= 0 or not delta > 1:
         return None
     return ppo_row(
@@ -66,6 +70,10 @@ def token_rows(
         kl_estimator=goal.kl.__name__,
         entropy_coef=goal.entropy_coef,
     )
+
+
+def _numbers(*options: object) -> bool:
+    return all(isinstance(x, int | float) and not isinstance(x, bool) for x in options)
 
 
 def _on_cuda(x: Tensor) -> bool:

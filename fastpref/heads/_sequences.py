@@ -51,6 +51,7 @@ def reference(
     head: _head.HeadOptions,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(sums (n_sequences,), per token (M,)) under the reference, at most one of them; None where not known."""
+    _check.flag(fn, reference_free=reference_free)
     if (ref_hidden is None) != (ref_weight is None):
         only = "ref_weight" if ref_hidden is None else "ref_hidden"
         raise ValueError(f"{fn}: ref_hidden and ref_weight go together; got only {only}")

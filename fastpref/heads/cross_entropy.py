@@ -75,7 +75,6 @@ def linear_cross_entropy(  # type: ignore[misc]  # the options written out once,
         ValueError: shapes, options or targets, as in linear_logps; reduction, num_items or label_smoothing.
         TypeError: dtypes, or an option that is not a number.
     """
-    _check.number(FN, label_smoothing=label_smoothing)
     _check.between(FN, 0, 1, label_smoothing=label_smoothing)
     of_logits = bias, ignore_index, temperature, softcap, logit_scale, rows, cu_seqlens, process_group
     head = _head.HeadOptions(*of_logits, workspace, max_extra_bytes, deterministic, check_finite, backend)

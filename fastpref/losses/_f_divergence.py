@@ -42,7 +42,6 @@ def check(fn: str, kind: str, alpha: float | None) -> float:
         return 0.5
     if kind != "alpha_divergence":
         raise ValueError(f"{fn}: f_alpha_divergence_coef belongs to alpha_divergence; got f_divergence_type={kind!r}")
-    _check.number(fn, f_alpha_divergence_coef=alpha)
     # above 1 f' is bounded below: a policy may then give a completion no mass at all, and the paper's theorem fails
     _check.between(fn, 0, 1, f_alpha_divergence_coef=alpha)
     return alpha

@@ -17,11 +17,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from fastpref.ops import _check
+
 COUPLINGS = ("token", "sequence", "pair", "batch")
 Loss = Callable[..., Tensor]
 F = TypeVar("F", bound=Loss)
-# what a loss may declare beside what it couples, and what holds where it does not
+# what a loss may declare, and what holds where it does not
 TRAITS: dict[str, Any] = {
+    "couples": "batch",  # what its terms depend on
     "reference": True,  # of pairs: the reference enters, so that ld_alpha has something to discount
     "f_divergence": False,  # of pairs: it sees chosen_scores and rejected_scores, which f_divergence_type changes
     "mean_rewards": False,  # of pairs: its reward is beta log pi(y) / |y|
@@ -34,8 +37,9 @@ def couples(what: str, **traits: Any) -> Callable[[F], F]:
     """Declares what a term of the loss depends on, and its traits."""
     if what not in COUPLINGS:
         raise ValueError(f"couples: must be one of {', '.join(COUPLINGS)}; got {what!r}")
-    if unknown := sorted(traits.keys() - TRAITS.keys()):
-        raise TypeError(f"couples: a trait must be one of {', '.join(TRAITS)}; got {unknown[0]!r}")
+    others = [name for name in TRAITS if name != "couples"]
+    if unknown := sorted(traits.keys() - set(others)):
+        raise TypeError(f"couples: a trait must be one of {', '.join(others)}; got {unknown[0]!r}")
 
     def declare(loss: F) -> F:
         for name, value in {"couples": what, **traits}.items():
@@ -80,7 +84,7 @@ class Terms:
 
     @property
     def couples(self) -> str:
-        return COUPLINGS[max([COUPLINGS.index(getattr(term.loss, "couples", "batch")) for term in self.terms])]
+        return COUPLINGS[max([COUPLINGS.index(trait(term.loss, "couples")) for term in self.terms])]
 
     def __call__(self, fn: str, like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The sum, each loss shaped as `like`; what a loss returns that is not raises, in the name of `fn`."""
@@ -110,6 +114,8 @@ def resolve(
     if not wanted:
         raise ValueError(f"{fn}: loss_type must name at least one loss; got an empty list")
     weights = [1.0] * len(wanted) if loss_weights is None else list(loss_weights)
+    for weight in weights:
+        _check.finite(fn, loss_weights=weight)
     if len(weights) != len(wanted):
         raise ValueError(f"{fn}: loss_weights must have one weight for each loss, {len(wanted)}; got {len(weights)}")
     losses = [_look_up(fn, table, one) for one in wanted]
@@ -128,7 +134,7 @@ def resolve(
 def _look_up(fn: str, table: dict[str, Loss], loss: str | Loss) -> Loss:
     if callable(loss):
         return loss
-    if loss not in table:
+    if not isinstance(loss, str) or loss not in table:
         near = difflib.get_close_matches(str(loss), table, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"{fn}: loss_type must be a function or one of {', '.join(table)}; got {loss!r}{hint}")

@@ -73,11 +73,9 @@ def bind(
     if f_divergence_type != "reverse_kl":
         _refuse_others(fn, f"f_divergence_type={f_divergence_type!r}", terms, "f_divergence")
     if ld_alpha is not None:
-        _check.number(fn, ld_alpha=ld_alpha)
         _check.between(fn, 0, 1, ld_alpha=ld_alpha)
         _refuse_others(fn, "ld_alpha", terms, "reference")
-    if not isinstance(use_weighting, bool):
-        raise TypeError(f"{fn}: use_weighting must be True or False; got {use_weighting!r}")
+    _check.flag(fn, use_weighting=use_weighting)
     if use_weighting and terms.couples == "batch":
         raise ValueError(
             f"{fn}: use_weighting weighs pairs, and a loss that couples the batch has no term of one pair: "
@@ -205,6 +203,7 @@ def dpo_loss(
     _check.same_device(fn, **every, **lengths)
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         raise ValueError(f"{fn}: ref_chosen_logps and ref_rejected_logps go together; got only one")
+    _check.flag(fn, reference_free=reference_free)
     if reference_free and ref_chosen_logps is not None:
         raise ValueError(f"{fn}: reference_free=True and reference log-probs were both given; choose one")
     changes = (f_divergence_type, f_alpha_divergence_coef, ld_alpha, use_weighting)

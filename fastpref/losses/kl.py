@@ -40,6 +40,6 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {f.__name__: f fo
 
 
 def kl_estimator_named(fn: str, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    if name not in KL_ESTIMATORS:
+    if not isinstance(name, str) or name not in KL_ESTIMATORS:
         raise ValueError(f"{fn}: kl_estimator must be one of {', '.join(KL_ESTIMATORS)}; got {name!r}")
     return KL_ESTIMATORS[name]

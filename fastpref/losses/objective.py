@@ -138,12 +138,12 @@ def objective(
     given = {"advantages": advantages, "old_logps": old_logps, "token_weights": token_weights, "ref_logps": ref_logps}
     _check.tensors(fn, **given)
     _check.same_device(fn, mask=mask, **given)
-    _check.floating(fn, (*_check.FLOATS, torch.float64), **given)
-    _check.number(fn, kl_coef=kl_coef, entropy_coef=entropy_coef)
+    _check.floating(fn, _check.WIDE_FLOATS, **given)
+    _check.number(fn, kl_coef=kl_coef)
+    _check.finite(fn, entropy_coef=entropy_coef)
+    _check.flag(fn, use_bias_correction_kl=use_bias_correction_kl)
     if not 0 <= kl_coef < float("inf"):
         raise ValueError(f"{fn}: kl_coef must be >= 0 and finite; got {kl_coef}")
-    if not abs(entropy_coef) < float("inf"):
-        raise ValueError(f"{fn}: entropy_coef must be finite; got {entropy_coef}")
     if kl_coef and ref_logps is None:
         raise ValueError(f"{fn}: kl_coef = {kl_coef} needs ref_logps, and got none")
     if importance_sampling_level not in LEVELS:

@@ -94,7 +94,7 @@ def bco_pair(pairs: Pairs, *, beta: float, delta: float | Tensor = 0.0) -> Tenso
         if delta.dim() or delta.requires_grad:
             raise ValueError(f"bco_pair: delta must be a number or a detached 0-d tensor; got {tuple(delta.shape)}")
     else:
-        _check.number("bco_pair", delta=delta)
+        _check.finite("bco_pair", delta=delta)
     chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
     return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
 
@@ -198,7 +198,7 @@ def simpo(pairs: Pairs, *, beta: float, simpo_gamma: float = 0.5, label_smoothin
     Meng et al. 2024, arXiv:2405.14734, eq. 6; there beta is 2 to 10, not 0.1, and gamma 0.3 to 1.6. TRL adds the loss
     `sft` unless its cpo_alpha is 0: here that is loss_type=["simpo", "sft"].
     """
-    _check.number("simpo", simpo_gamma=simpo_gamma)
+    _check.finite("simpo", simpo_gamma=simpo_gamma)
     chosen, rejected = mean_logps(pairs)
     return _logistic("simpo", beta * (chosen - rejected) - simpo_gamma, label_smoothing)
 

@@ -37,7 +37,7 @@ def reward_loss(
     _check.same_dtype(fn, **both)
     _check.same_device(fn, **both, margin=of_pairs)
     if margin is not None and of_pairs is None:
-        _check.number(fn, margin=margin)  # type: ignore[arg-type]
+        _check.finite(fn, margin=margin)  # type: ignore[arg-type]
     _check.number(fn, center_coef=center_coef)
     if not 0 <= center_coef < float("inf"):
         raise ValueError(f"{fn}: center_coef must be >= 0 and finite; got {center_coef}")

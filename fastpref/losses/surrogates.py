@@ -254,7 +254,7 @@ def cispo(rollout: Rollout, *, epsilon_high: float = CISPO_EPSILON_HIGH, epsilon
     """
     _check.number("cispo", epsilon_high=epsilon_high, **({} if epsilon is None else {"epsilon": epsilon}))
     low = 0.0 if epsilon is None else 1 - epsilon
-    if not epsilon_high >= 0 or low > 1:
+    if not epsilon_high >= 0 or not low <= 1:
         raise ValueError(f"cispo: epsilon and epsilon_high must be >= 0; got {epsilon} and {epsilon_high}")
     return -rollout.ratios.detach().clamp(low, 1 + epsilon_high) * rollout.advantages * rollout.logps
 
@@ -268,8 +268,9 @@ def sapo(rollout: Rollout, *, sapo_temperature_pos: float = 1.0, sapo_temperatur
     moved stops counting.
     """
     _check.number("sapo", sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg)
-    if not (sapo_temperature_pos > 0 and sapo_temperature_neg > 0):
-        raise ValueError(f"sapo: temperatures must be > 0; got {sapo_temperature_pos} and {sapo_temperature_neg}")
+    if not (0 < sapo_temperature_pos < float("inf") and 0 < sapo_temperature_neg < float("inf")):
+        got = f"{sapo_temperature_pos} and {sapo_temperature_neg}"
+        raise ValueError(f"sapo: temperatures must be > 0 and finite; got {got}")
     positive = (rollout.advantages > 0).to(rollout.logps.dtype)
     tau = sapo_temperature_pos * positive + sapo_temperature_neg * (1 - positive)
     return -4 / tau * torch.sigmoid(tau * (rollout.ratios - 1)) * rollout.advantages

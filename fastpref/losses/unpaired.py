@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastpref.losses import _stable
-from fastpref.losses._protocol import Loss, Terms, couples, resolve
+from fastpref.losses._protocol import Loss, Terms, couples, resolve, trait
 from fastpref.losses.dpo import check_beta
 from fastpref.losses.pairs import Tokens, needed
 from fastpref.ops import _check
@@ -149,6 +149,7 @@ def kto_loss(
     _check.same_dtype(fn, **both)
     _check.same_device(fn, **both)
     check_desirable(fn, desirable, policy_logps, policy_logps.shape[0])
+    _check.flag(fn, reference_free=reference_free)
     if reference_free and ref_logps is not None:
         raise ValueError(f"{fn}: reference_free=True and ref_logps were both given; choose one")
     terms = bind(fn, loss_type, loss_weights, beta, options)
@@ -168,7 +169,7 @@ def bind(
     """The loss that these arguments of `fn` describe."""
     check_beta(fn, beta)
     terms = resolve(fn, UNPAIRED_LOSSES, loss_type, loss_weights, options)
-    if any(getattr(term.loss, "couples", None) == "pair" for term in terms.terms):
+    if any(trait(term.loss, "couples") == "pair" for term in terms.terms):
         raise ValueError(
             f'{fn}: loss_type must couple "token", "sequence" or "batch", there being no pairs; got "pair"'
         )

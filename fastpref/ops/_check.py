@@ -91,8 +91,24 @@ def number(fn: str, **arguments: float) -> None:
             raise TypeError(f"{fn}: {name} must be a number; got {type(value).__name__}")
 
 
+def finite(fn: str, **arguments: float) -> None:
+    """Each argument is a number, and neither NaN nor infinite."""
+    number(fn, **arguments)
+    for name, value in arguments.items():
+        if not abs(value) < float("inf"):
+            raise ValueError(f"{fn}: {name} must be finite; got {value}")
+
+
+def flag(fn: str, **arguments: bool) -> None:
+    """Each argument is True or False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{fn}: {name} must be True or False; got {value!r}")
+
+
 def between(fn: str, low: float, high: float, **arguments: float) -> None:
-    """low <= argument <= high; NaN is not."""
+    """Each argument is a number, low <= argument <= high; NaN is not."""
+    number(fn, **arguments)
     for name, value in arguments.items():
         if not low <= value <= high:
             raise ValueError(f"{fn}: {name} must be in [{low}, {high}]; got {value}")

@@ -87,6 +87,7 @@ def flatten(
     bias, rows, cu_seqlens, backend = options.bias, options.rows, options.cu_seqlens, options.backend
     workspace, process_group, ignore_index = options.workspace, options.process_group, options.ignore_index
     check_max_extra_bytes(fn, options.max_extra_bytes)
+    _check.flag(fn, deterministic=options.deterministic, check_finite=options.check_finite)
     others = {"targets": targets, "bias": bias, "rows": rows, "cu_seqlens": cu_seqlens}
     _check.tensors(fn, **{h: hidden, w: weight}, **others)
     refuse_sharded(fn, **{w: weight, "bias": bias})
@@ -126,10 +127,10 @@ def flatten(
     check_workspace(fn, workspace, most_rows(bounds), hidden.dtype)
     if not isinstance(ignore_index, int):
         raise TypeError(f"{fn}: ignore_index must be an int; got {type(ignore_index).__name__}")
-    hidden = hidden.reshape(-1, hidden_size)
+    inv_temperature = inverse(fn, options.temperature, hidden, targets)
+    hidden, targets = hidden.reshape(-1, hidden_size), targets.reshape(-1).long()
     # where the target is ignored its row is not read, whatever stands there
-    rows = None if rows is None else rows.long().where(targets != ignore_index, 0)
-    where = targets.reshape(-1).long(), rows, inverse(fn, options.temperature, hidden, targets)
+    where = targets, None if rows is None else rows.long().where(targets != ignore_index, 0), inv_temperature
     if unseen(hidden.device, backend, options.check_finite):
         where = in_range(*where, ignore_index, bounds[-1], hidden.shape[0])
     return FlatHead(
