@@ -4,7 +4,6 @@ import json
 import random
 from itertools import groupby
 
-import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -12,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpref.trainer.collate import collate
 from fastpref.trainer.data import Pair, load_preferences, sequences_of, tokenize_pairs
-from fastpref.trainer.data_files import split_to_judge
 from fastpref.trainer.examples import Example, tokenize_examples, tokenize_labelled
 
 ROW = {"prompt": "Is the film good?", "chosen": " Yes, it is good.", "rejected": " No."}
@@ -47,142 +45,6 @@ def tokenizer():
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return str(path)
-
-
-# loading
-
-
-def test_jsonl_rows_keep_order_and_columns(tmp_path):
-    rows = [{**ROW, "prompt": f"é {i}", "score": i} for i in range(5)]
-    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)  # blank lines between
-    assert load_preferences(write(tmp_path / "a.jsonl", "\ufeff" + text)) == rows
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        json.dumps([ROW, ROW]),
-        "\ufeff\n" + json.dumps([ROW, ROW], indent=1),
-        f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n",
-    ],
-)
-def test_json_is_an_array_or_lines(tmp_path, text):
-    assert load_preferences(write(tmp_path / "a.json", text)) == [ROW, ROW]
-
-
-def test_parquet(tmp_path):
-    datasets.Dataset.from_list([ROW, CHAT | ROW]).to_parquet(tmp_path / "a.parquet")
-    assert load_preferences(str(tmp_path / "a.parquet")) == [ROW, ROW]
-
-
-def test_parquet_of_messages_survives_tokenizing(tmp_path, tokenizer):
-    datasets.Dataset.from_list([CHAT]).to_parquet(tmp_path / "a.parquet")
-    rows = load_preferences(str(tmp_path / "a.parquet"))
-    assert tokenize_pairs(rows, tokenizer)[0] == tokenize_pairs([CHAT], tokenizer)[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.jsonl", f"{json.dumps(ROW)}\n{{broken\n", r"a\.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", f"{json.dumps(ROW)}\n\n[1]\n", r"a\.jsonl, line 3: a row must be a JSON object; got list"),
-        (
-            "a.jsonl",
-            '{"question": 1, "chosen": 2}',
-            "line 1: columns wanted: chosen and rejected.*got question, chosen",
-        ),
-        ("a.json", f"[{json.dumps(ROW)}, {{}}]", r"a\.json, item 1: columns wanted: chosen and rejected.*got none"),
-        ("a.json", f"[{json.dumps(ROW)}", r"a\.json: not valid JSON"),
-        (
-            "a.jsonl",
-            '{"chosen": "\\ud800", "rejected": "\\ud83d\\ude00"}',
-            "line 1: not valid JSON.*surrogates",
-        ),
-        ("a.jsonl", "\n", "holds no rows"),
-        ("a.parquet", "text", "not a readable Parquet file"),
-        ("a.csv", "chosen,rejected", r"a file must end in \.jsonl, \.json, \.parquet; got .*a\.csv"),
-    ],
-)
-def test_unreadable_files_are_named(tmp_path, name, text, message):
-    with pytest.raises(ValueError, match=message):
-        load_preferences(write(tmp_path / name, text))
-
-
-def test_a_line_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(json.dumps(ROW).encode() + b'\n{"chosen": "caf\xe9", "rejected": ""}\n')
-    with pytest.raises(ValueError, match="line 2: not valid JSON"):
-        load_preferences(str(tmp_path / "a.jsonl"))
-
-
-def test_parquet_without_the_columns(tmp_path):
-    datasets.Dataset.from_list([{"text": "a", "label": 1}]).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"columns wanted: chosen and rejected.*got text, label"):
-        load_preferences(str(tmp_path / "a.parquet"))
-
-
-def test_a_folder_gives_the_files_of_the_split(tmp_path):
-    for name in ("train-1.jsonl", "train-0.jsonl", "test.jsonl", "training_notes.json"):
-        write(tmp_path / name, json.dumps({**ROW, "prompt": name}))
-    write(tmp_path / "README.md", "not data")
-    assert [r["prompt"] for r in load_preferences(str(tmp_path))] == ["train-0.jsonl", "train-1.jsonl"]
-    assert [r["prompt"] for r in load_preferences(str(tmp_path), split="test")] == ["test.jsonl"]
-    with pytest.raises(ValueError, match=r"no file for the split 'dev' in .*; it holds test\.jsonl, train-0\.jsonl"):
-        load_preferences(str(tmp_path), split="dev")
-
-
-def test_what_is_judged_is_the_test_split_where_there_is_one(tmp_path, monkeypatch):
-    file = write(tmp_path / "train.jsonl", json.dumps(ROW))
-    assert split_to_judge(file) == split_to_judge(str(tmp_path)) == "train"
-    write(tmp_path / "test-0.jsonl", json.dumps(ROW))
-    assert split_to_judge(str(tmp_path)) == "test"
-    assert split_to_judge(str(tmp_path / "gone.jsonl")) == "train"
-    of_hub = {"someone/pairs": ["train", "test"], "someone/prompts": ["train", "dev"]}
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: of_hub[name])
-    assert [split_to_judge(name) for name in of_hub] == ["test", "train"]
-
-    def unreachable(*_):
-        raise OSError("unreachable")
-
-    monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
-    with pytest.raises(ValueError, match=r"^split_to_judge: someone/pairs is no file .* its splits: unreachable"):
-        split_to_judge("someone/pairs")
-
-
-def test_a_folder_without_split_names_is_train(tmp_path):
-    write(tmp_path / "b.jsonl", json.dumps(ROW))
-    write(tmp_path / "a.json", json.dumps([ROW]))
-    assert load_preferences(str(tmp_path)) == [ROW, ROW]
-
-
-def test_paths_that_do_not_fit(tmp_path):
-    path = write(tmp_path / "a.jsonl", json.dumps(ROW))
-    with pytest.raises(ValueError, match="a single file has only the split 'train'; got 'test'"):
-        load_preferences(path, split="test")
-    with pytest.raises(ValueError, match="config belongs to hub datasets; got config='en'"):
-        load_preferences(path, config="en")
-    with pytest.raises(FileNotFoundError, match=r"no file or folder pairs\.jsonl"):
-        load_preferences("pairs.jsonl")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="it holds no file that ends in"):
-        load_preferences(str(tmp_path / "empty"))
-
-
-def test_other_names_go_to_the_hub(monkeypatch):
-    calls = []
-    answer = datasets.Dataset.from_list([ROW])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or answer)
-    assert load_preferences("someone/pairs", split="test", config="en") is answer
-    assert calls == [(("someone/pairs",), {"name": "en", "split": "test"})]
-    answer = datasets.Dataset.from_list([{"text": "a"}])
-    with pytest.raises(ValueError, match=r"someone/pairs: columns wanted: chosen and rejected.*got text"):
-        load_preferences("someone/pairs")
-
-    def offline(*_, **__):
-        raise ConnectionError("unreachable")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match=r"someone/pairs is no file or folder here, and the hub .*: unreachable"):
-        load_preferences("someone/pairs")
 
 
 # tokenizing
@@ -405,6 +267,7 @@ def test_a_collator_refuses():
 # examples: prompt and completion, messages, text, labels
 
 TALK = [*CHAT["prompt"], *CHAT["chosen"]]
+FROM = {"user": "human", "assistant": "gpt"}  # ShareGPT's words
 
 
 def test_examples_of_every_format(tokenizer):
@@ -414,6 +277,7 @@ def test_examples_of_every_format(tokenizer):
         {"messages": TALK},
         {"text": "Is the film good? Yes, it is good."},
         {"prompt": "Is the film good?", "messages": TALK},
+        {"conversations": [{"from": FROM[turn["role"]], "value": turn["content"]} for turn in TALK]},
     ]
     examples, report = tokenize_examples(rows, tokenizer)
     pair, chat = tokenize_pairs([ROW, CHAT], tokenizer)[0]
@@ -421,8 +285,8 @@ def test_examples_of_every_format(tokenizer):
     assert examples[1] == Example(chat.prompt_ids, chat.chosen_ids)
     assert examples[2] == Example([], chat.prompt_ids + chat.chosen_ids)  # everything is learned
     assert examples[3] == Example([], pair.prompt_ids + pair.chosen_ids)  # ends with EOS too
-    assert examples[4] == examples[2]
-    assert (report.rows, report.kept, report.dropped) == (5, 5, {})
+    assert examples[4] == examples[5] == examples[2]
+    assert (report.rows, report.kept, report.dropped) == (6, 6, {})
     named, _ = tokenize_examples([{"body": "Yes"}], tokenizer, text_field="body")
     assert tokenizer.decode(named[0].completion_ids) == "Yes</s>"
 
@@ -465,6 +329,7 @@ def test_labels_and_pairs_taken_apart(tokenizer):
         (tokenize_examples, {"prompt": "a"}, "row 1: completion must be a text or a list of messages.*got NoneType"),
         (tokenize_examples, {"prompt": "a", "completion": TALK}, "row 1: prompt must be messages, as completion is"),
         (tokenize_examples, {"prompt": [], "completion": TALK}, "row 1: prompt must hold at least one message"),
+        (tokenize_examples, {"conversations": [{"from": "human"}]}, "row 1: messages must be .*each with role and"),
         (tokenize_examples, {"text": 3}, "row 1: text must be a text or a list of messages"),
         (
             tokenize_labelled,

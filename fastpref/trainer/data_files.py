@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import datasets
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+TEXTS = ("prompt", "completion", "chosen", "rejected", "text")  # in CSV, a column of numbers is of texts here
 Columns = Callable[[Sequence[str]], "str | None"]  # None if the columns will do, else what is wanted
 
 
@@ -33,10 +34,11 @@ def load_rows(
     """Rows with at least the columns that are wanted, in file order, other columns untouched.
 
     Args:
-        name_or_path: a .jsonl, .json or .parquet file, a folder of them, or else the name of a dataset on the Hugging
-            Face hub. A .json file holds one array of objects, or one object a line.
-        split: of a folder, the files named after it (`test.jsonl`, `test-00000-of-00002.parquet`) are read, in order of
-            name; "train" reads every file where none is named so. A single file is "train".
+        name_or_path: a .jsonl, .json, .parquet or .csv file, a folder of them or what datasets' `save_to_disk` wrote,
+            or else the name of a dataset on the Hugging Face hub. A .json file holds one array of objects, or one
+            object a line. A folder without such files is searched for them.
+        split: of a folder, the files named after it (`test.jsonl`, `test-00000-of-00002.parquet`, `test/0.csv`) are
+            read, in order of name; "train" reads every file where none is named so. A single file is "train".
         columns: given the names of a row's columns, None if they will do, else what is wanted.
         config: the hub dataset's configuration.
     Raises:
@@ -52,6 +54,8 @@ def load_rows(
         return _from_hub(name_or_path, split, config, columns)
     if config is not None:
         raise ValueError(f"load_rows: config belongs to hub datasets; got config={config!r} for {name_or_path}")
+    if _is_saved(path):
+        return _from_disk(path, split, columns)
     rows = Rows(found for file in _files(path, split) for found in _read(file, columns))
     if not rows:
         raise ValueError(f"load_rows: {name_or_path} holds no rows")
@@ -62,7 +66,7 @@ def split_to_judge(name_or_path: str, config: str | None = None) -> str:
     """`test` where a folder or a hub dataset has that split, else `train`; a ValueError where the hub does not tell."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return "test" if _named(path, "test") else "train"
+        return "test" if _named(path, "test") or (_is_saved(path) and (path / "test").is_dir()) else "train"
     if path.exists() or _means_a_path(name_or_path) or find_spec("datasets") is None:
         return "train"  # which `load_rows` reads, or says what is missing
     import datasets
@@ -80,13 +84,27 @@ def _means_a_path(name_or_path: str) -> bool:
     return path.suffix in SUFFIXES or path.is_absolute() or name_or_path.startswith((".", "~"))
 
 
+def _is_saved(path: Path) -> bool:
+    """By `save_to_disk` of datasets."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
 def _rows_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    def found(files: Iterable[Path]) -> list[Path]:
+        return sorted(file for file in files if file.suffix in SUFFIXES)
+
+    # a copy of a hub dataset has them in folders, and others in hidden ones
+    below = (file for file in folder.rglob("*") if "/." not in f"/{file.relative_to(folder).as_posix()}")
+    return found(folder.iterdir()) or found(below)
 
 
 def _named(folder: Path, split: str) -> list[Path]:
     names = (f"{split}-", f"{split}_")
-    return [file for file in _rows_in(folder) if file.stem == split or file.name.startswith(names)]
+    return [
+        file
+        for file in _rows_in(folder)
+        if file.stem == split or file.name.startswith(names) or (file.parent != folder and file.parent.name == split)
+    ]
 
 
 def _files(path: Path, split: str) -> list[Path]:
@@ -105,8 +123,8 @@ def _files(path: Path, split: str) -> list[Path]:
 
 
 def _read(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path, columns)
+    if path.suffix in (".parquet", ".csv"):
+        yield from _read_table(path, columns)
         return
     with path.open("rb") as file:
         is_array = path.suffix == ".json" and file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
@@ -127,16 +145,23 @@ def _read_array(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, A
         yield where, _checked(row, where, columns)
 
 
-def _read_parquet(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_table(path: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow
+        import pyarrow.csv
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("load_rows: Parquet files need pyarrow: pip install 'fastpref[train]'") from error
+        raise ImportError("load_rows: Parquet and CSV files need pyarrow: pip install 'fastpref[train]'") from error
     try:
-        table = pyarrow.parquet.read_table(path)
+        if path.suffix == ".csv":
+            how = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(TEXTS, pyarrow.string()))
+            lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
+            table = pyarrow.csv.read_csv(path, parse_options=lines, convert_options=how)
+        else:
+            table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"load_rows: {path} is not a readable Parquet file: {error}") from error
+        kind = {".csv": "CSV", ".parquet": "Parquet"}[path.suffix]
+        raise ValueError(f"load_rows: {path} is not a readable {kind} file: {error}") from error
     _check_columns(table.column_names, str(path), columns)
     for index, row in enumerate(table.to_pylist()):
         yield f"{path}, row {index}", row
@@ -163,6 +188,19 @@ def _check_columns(found: Iterable[str], where: str, columns: Columns) -> None:
     there = list(found)
     if wanted := columns(there):
         raise ValueError(f"load_rows: {where}: columns wanted: {wanted}; got {', '.join(there) or 'none'}")
+
+
+def _from_disk(path: Path, split: str, columns: Columns) -> "datasets.Dataset":
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"load_rows: {path} is a saved dataset: pip install 'fastpref[train]'") from error
+    found = datasets.load_from_disk(str(path))
+    splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+    if split not in splits:
+        raise ValueError(f"load_rows: no split {split!r} in {path}; it holds {', '.join(splits)}")
+    _check_columns(splits[split].column_names, str(path), columns)
+    return splits[split]
 
 
 def _from_hub(name: str, split: str, config: str | None, columns: Columns) -> "datasets.Dataset":

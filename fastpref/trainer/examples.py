@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # who speaks, in the words of chat templates
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A sequence prompt + completion as token ids."""
@@ -43,6 +46,8 @@ class Example:
     def n_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    longest = n_tokens
+
     @property
     def n_scored(self) -> int:
         """Completion tokens that are predicted and learned."""
@@ -52,7 +57,7 @@ class Example:
 
 def example_columns(names: Sequence[str], *, text_field: str = "text") -> str | None:
     """None if rows of these columns are for `sft`, else what is wanted."""
-    there = text_field in names or "messages" in names or {"prompt", "completion"} <= {*names}
+    there = {text_field, "messages", "conversations"} & {*names} or {"prompt", "completion"} <= {*names}
     return None if there else f"prompt and completion, or messages, or {text_field}"
 
 
@@ -73,8 +78,9 @@ def tokenize_examples(
 ) -> tuple[list[Example], DataReport]:
     """Examples for `sft`, in the order of the rows, and a report of what was cut or dropped.
 
-    A row holds prompt and completion, both text or both messages; or messages; or text. Text ends with EOS, a
-    conversation as its chat template ends it. Without a completion everything counts as one.
+    A row holds prompt and completion, both text or both messages; or messages, or conversations as ShareGPT has them;
+    or text. Text ends with EOS, a conversation as its chat template ends it. Without a completion everything counts as
+    one.
 
     Dropped and counted: an empty completion, text or conversation, and what has no token to predict within max_length.
 
@@ -95,6 +101,8 @@ def tokenize_examples(
         where = f"{fn}: {place_of(rows, index)}"
         if not isinstance(row, Mapping):
             raise ValueError(f"{where} must be a mapping; got {type(row).__name__}")
+        if isinstance(row.get("conversations"), list) and row.get("messages") is None:
+            row = {**row, "messages": [_message(turn) for turn in row["conversations"]]}
         # a prompt beside whole conversations is a copy of their opening, as in ultrachat_200k
         alone = row.get("messages") is None and row.get(text_field) is None
         if row.get("completion") is not None or (row.get("prompt") is not None and alone):
@@ -204,6 +212,13 @@ class _Kept:
             self.examples, f"{self.fn}: rows must hold at least one usable example", "prompt", "completion"
         )
         return self.examples, self.report
+
+
+def _message(turn: Any) -> Any:
+    """A turn of ShareGPT's, {"from": "human", "value": text}, as a message; what is none as it is, to be refused."""
+    if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+        return turn
+    return {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
 def _turns(
