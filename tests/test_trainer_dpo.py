@@ -28,7 +28,6 @@ from fastpref.trainer.data import Pair, load_preferences, tokenize_pairs
 from fastpref.trainer.dpo import DPOOptions, load_pairs, train
 from fastpref.trainer.identity import checksum
 from fastpref.trainer.metrics import MetricsLog, read_metrics
-from fastpref.trainer.options import DEMANDING, SCHEDULES
 from fastpref.trainer.start import causal_lm, split_by_prompt
 from tests import test_fused_lm_head
 from tests._trainer import (
@@ -199,10 +198,6 @@ def test_paths_enums_and_numpys_numbers_are_options_that_a_checkpoint_holds(tiny
     assert gone_on.eval_strategy == "no"
 
 
-def test_every_schedule_is_taken_or_named_as_demanding():
-    assert {kind.value for kind in transformers.SchedulerType} <= {*SCHEDULES, *DEMANDING}
-
-
 def test_resume_without_a_checkpoint_starts_and_says_so(tiny, tmp_path, capsys):
     train(options(tiny, tmp_path, max_steps=1, resume_from_checkpoint=True))
     assert f"no whole checkpoint in {tmp_path}: starting from the beginning" in capsys.readouterr().out
@@ -364,9 +359,9 @@ def test_weights_in_bfloat16(tiny, tmp_path):
         ({"bf16": True, "fp16": True}, "bf16 and fp16 exclude each other"),
         ({"workspace": 0}, "dpo: workspace must be at least 1; got 0"),
         ({"lr_scheduler_type": "cosin"}, "dpo: unknown lr_scheduler_type 'cosin'; did you mean 'cosine'"),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "dpo: lr_scheduler_type cosine_with_min_lr wants options of"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "dpo: lr_scheduler_type cosine_with_min_lr with .*min_lr"),
         ({"eval_strategy": "epochs"}, "^dpo: eval_strategy: wanted one of no, steps, epoch; got 'epochs'"),
-        ({"dtype": "fp16"}, "dpo: dtype: wanted one of float32, bfloat16, float16; got 'fp16'"),
+        ({"dtype": "fp16"}, "dpo: dtype: wanted one of float32, bfloat16, float16, auto; got 'fp16'"),
         ({"gradient_checkpointing": "selectiv"}, "wanted true or false or one of selective; got 'selectiv'"),
         ({"loss_type": "simpo", "ld_alpha": 0.5}, r"dpo: ld_alpha goes with sigmoid, .*got loss_type simpo"),
         ({"loss_type": "orpo", "f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl' goes with sigmoid"),

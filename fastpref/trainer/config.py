@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import json
 import os
 import shlex
 import types
@@ -165,6 +166,8 @@ def name_of(function: Callable[..., Any]) -> str:
 def _as_text(value: Any) -> str:
     if isinstance(value, float):
         return str(value).removesuffix(".0")
+    if isinstance(value, dict):
+        return json.dumps(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -185,6 +188,9 @@ def _as(value: Any, kind: Any) -> Any:
         return word if isinstance(word, str) and word in get_args(kind) else _refuse()
     if get_origin(kind) is list:
         return [_as(item, get_args(kind)[0]) for item in (value if isinstance(value, list) else [value])]
+    if get_origin(kind) is dict:
+        found = json.loads(value) if isinstance(value, str) else value
+        return found if isinstance(found, dict) else _refuse()
     if kind is bool:
         if isinstance(value, str):
             return TRUTH[value.lower()] if value.lower() in TRUTH else _refuse()
@@ -210,6 +216,8 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is list:
         return f"a list of {_describe(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return "a mapping, as JSON"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "none"}
     return names.get(kind, str(kind))
 

@@ -37,6 +37,11 @@ class Pair:
         """Tokens as a model reads them: the prompt counts twice."""
         return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer sequence."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
 
 def sequences_of(pairs: Sequence[Pair]) -> list[PromptAndCompletion]:
     """The 2B sequences of B pairs: the chosen, then the rejected."""

@@ -33,7 +33,7 @@ from fastpref.trainer.data_files import Rows, load_rows, place_of, split_to_judg
 from fastpref.trainer.encode import scored
 from fastpref.trainer.figures import Figure, Figures, of_scores, table, win_rates, write
 from fastpref.trainer.packing import enable_packing, pack, packs, through_rows
-from fastpref.trainer.pretrained import from_pretrained, is_adapter
+from fastpref.trainer.pretrained import check_positions, from_pretrained, is_adapter
 from fastpref.trainer.prompts import Prompt, prompt_columns, room_for_prompt, tokenize_prompts
 from fastpref.trainer.rewards import Rewards
 from fastpref.trainer.rollout import Sample, Sampling, batches, drawn, stop_ids_of
@@ -48,10 +48,11 @@ class EvalOptions:
     ref_model_name_or_path: str | None = option(
         None, "the model to compare with; none: an adapter's base model, or for any other no comparison"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "the weights' type")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option("float32", "the weights' type")
+    trust_remote_code: bool = option(False, "run the Python code that a model brings along")
     bf16: bool = option(False, "compute in bfloat16, keeping the weights' own type")
     dataset_name: str | None = option(
-        None, "pairs or prompts: a .jsonl, .json or .parquet file, a folder, or a hub name", alias="dataset"
+        None, "pairs or prompts: a .jsonl, .json, .parquet or .csv file, a folder, or a hub name", alias="dataset"
     )
     dataset_config: str | None = option(None, "the hub dataset's configuration")
     dataset_test_split: str | None = option(None, "the split to evaluate on; none: test where there is one, else train")
@@ -116,11 +117,13 @@ def evaluate(options: EvalOptions) -> dict[str, Figures]:
     if state.num_processes > 1:
         raise ValueError(f"eval: runs in one process; got {state.num_processes}")
     assert o.model_name_or_path is not None
-    tokenizer = from_pretrained(AutoTokenizer, o.model_name_or_path, "eval")
+    remote = {"trust_remote_code": o.trust_remote_code}
+    tokenizer = from_pretrained(AutoTokenizer, o.model_name_or_path, "eval", **remote)
     pairs, prompts = load(o, tokenizer)
     how = o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size
     score = Rewards(o.sources, *how) if o.sources else None
-    both = Both(o, tokenizer, state.device)
+    longest = [*(pair.longest for pair in pairs), *(prompt.longest + o.max_completion_length for prompt in prompts)]
+    both = Both(o, tokenizer, state.device, max(longest))
     found: dict[str, Figures] = {"policy": {}, "reference": {}}
     if pairs:
         found["policy"] |= of_pairs(o, both, pairs)
@@ -167,11 +170,16 @@ def load(o: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Pair]
 
 
 class Both:
-    """The tuned model and its reference: another model, or the same with its adapter off."""
+    """The tuned model and its reference: another model, or the same with its adapter off.
 
-    def __init__(self, options: EvalOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+    longest: tokens of the longest sequence that they are to read.
+    """
+
+    def __init__(
+        self, options: EvalOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device, longest: int
+    ) -> None:
         o = options
-        self._options, self._tokenizer, self._device = o, tokenizer, device
+        self._options, self._tokenizer, self._device, self._longest = o, tokenizer, device, longest
         assert o.model_name_or_path is not None
         self._policy = self._load(o.model_name_or_path)
         self._reference = self._load(o.ref_model_name_or_path) if o.ref_model_name_or_path else None
@@ -211,7 +219,9 @@ class Both:
 
     def _load(self, name: str) -> Any:
         auto = AutoPeftModelForCausalLM if is_adapter(name) else AutoModelForCausalLM
-        model: Any = fused_lm_head(from_pretrained(auto, name, "eval", dtype=getattr(torch, self._options.dtype)))
+        how = {"dtype": self._options.dtype, "trust_remote_code": self._options.trust_remote_code}
+        model: Any = fused_lm_head(from_pretrained(auto, name, "eval", **how))
+        check_positions("eval", model, self._longest)
         if reason := enable_packing(model):
             print(f"padding   {name} reads padded rows: {reason}", flush=True)
         model.to(self._device)

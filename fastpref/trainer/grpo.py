@@ -60,6 +60,7 @@ class GRPOOptions(OnlineOptions):
 
     output_dir: str = option("runs/grpo", "where model, metrics, rollouts, plot and checkpoints go")
     learning_rate: float = option(1e-6, "the optimizer's learning rate at its peak")
+    disable_dropout: bool = option(False, "the model's own dropout is off, and so no difference to the reference")
 
     reward_model_name_or_path: str | None = option(None, "a trained reward model")
     num_generations: int = option(8, "completions of a prompt: a group")

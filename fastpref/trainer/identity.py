@@ -9,7 +9,8 @@ from typing import Any
 from fastpref.trainer.config import name_of
 
 # What may differ: where the run goes and who watches, not what it computes
-MAY_CHANGE = "output_dir overwrite_output_dir resume_from_checkpoint save_steps save_total_limit report_to".split()
+MAY_CHANGE = "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_steps save_total_limit".split()
+MAY_CHANGE += ["report_to", "run_name"]
 
 
 def identity(options: Any, data: Sequence[Iterable[Any]], processes: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from fastpref.trainer.examples import Example, labelled_columns, tokenize_labell
 from fastpref.trainer.forward import rows_of, tallied, through_head
 from fastpref.trainer.metrics import Tally, means
 from fastpref.trainer.options import CausalOptions
+from fastpref.trainer.pretrained import check_positions
 from fastpref.trainer.reference import LogpsCache, open_cache, remembered
 from fastpref.trainer.run import Metrics, Outcome, Run, State, after_step, begin, finish, open_run, steps_to_do, update
 from fastpref.trainer.start import lean, load_items
@@ -138,6 +139,7 @@ def references(run: Run) -> State:
     if run.options.loss_type == "kto":
         others = [other for _, indices in steps for other in mismatched(run, run.items, indices)]
         held_out = mismatched(run, run.held_out, range(n_held_out))
+        check_positions("kto", run.bare_model, max(other.longest for other in [*others, *held_out]))
         found["mismatched_reference"] = reference_logps(run, cache, others, range(len(others)))
         found["held_out_mismatched_reference"] = reference_logps(run, cache, held_out, range(n_held_out))
     return found

@@ -68,11 +68,6 @@ class OnlineOptions(CausalOptions):
             )
 
     @property
-    def new_tokens(self) -> int:
-        """Tokens of the longest completion."""
-        raise NotImplementedError
-
-    @property
     def rollout_batch(self) -> int:
         """Completions a device draws or scores at once."""
         raise NotImplementedError

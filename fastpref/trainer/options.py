@@ -13,25 +13,33 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
+from torch.optim import SGD
+from transformers import SchedulerType, get_scheduler
 
 from fastpref.losses._protocol import Loss, Terms
 from fastpref.trainer.config import option, settle
 
-# of transformers: those that follow from the numbers of steps and of warm-up steps, and those that want more
-SCHEDULES = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt".split()
-DEMANDING = "reduce_lr_on_plateau cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy".split()
+STEERED = ("reduce_lr_on_plateau", "greedy")  # by what the run measures, not by its number of steps
+# an option of AdamW and its kin -> its default, and the optimizers that have none of the kind
+OF_ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+NOT_ADAM = ("adafactor", "sgd", "adagrad", "rmsprop")
 
 
-def check_schedule(recipe: str, name: str) -> None:
-    """A ValueError unless this is a schedule of transformers that needs no options of its own."""
-    if name in SCHEDULES:
-        return
-    if name in DEMANDING:
-        raise ValueError(f"{recipe}: lr_scheduler_type {name} wants options of its own; one of {', '.join(SCHEDULES)}")
-    near = difflib.get_close_matches(name, SCHEDULES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(SCHEDULES)}"
-    raise ValueError(f"{recipe}: unknown lr_scheduler_type {name!r}{hint}")
+def check_schedule(recipe: str, name: str, options: dict[str, Any] | None) -> None:
+    """A ValueError unless this is a schedule of transformers over the steps of a run, with these options of its own."""
+    known = [kind.value for kind in SchedulerType if kind.value not in STEERED]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(known)}"
+        raise ValueError(f"{recipe}: unknown lr_scheduler_type {name!r}{hint}")
+    if options and name.startswith("constant"):  # which transformers would not read
+        raise ValueError(f"{recipe}: lr_scheduler_type {name} has no options of its own; got {options}")
+    try:  # on a trifle
+        get_scheduler(name, SGD([torch.zeros(1)], lr=1.0), 1, 2, options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{recipe}: lr_scheduler_type {name} with lr_scheduler_kwargs {options}: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -41,12 +49,16 @@ class TrainOptions:
     model_name_or_path: str | None = option(
         None, "a model's folder or hub name; none: SmolLM2-135M-Instruct, fetched once"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "the weights' type; in 16 bits small updates are lost, but LoRA's are kept"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
+        "float32", "the weights' type; in 16 bits small updates are lost, but LoRA's are kept; auto: the checkpoint's"
+    )
+    trust_remote_code: bool = option(False, "run the Python code that a model brings along")
+    attn_implementation: str | None = option(
+        None, "transformers' name of an attention; only sdpa, which it mostly chooses itself, can be padding_free"
     )
     dataset_name: str | None = option(
         None,
-        "a .jsonl, .json or .parquet file, a folder, or a hub name; none: film critics' quotes",
+        "a .jsonl, .json, .parquet or .csv file, a folder, or a hub name; none: film critics' quotes",
         alias="dataset",
     )
     dataset_config: str | None = option(None, "the hub dataset's configuration")
@@ -71,7 +83,13 @@ class TrainOptions:
         "adamw_torch_fused", "transformers' name of an optimizer: adamw_torch, adafactor, adamw_8bit, ..."
     )
     optim_args: str | None = option(None, "options of the optimizer, where transformers reads them: name=value,...")
+    adam_beta1: float = option(OF_ADAM["adam_beta1"], "AdamW's decay of the mean of gradients")
+    adam_beta2: float = option(OF_ADAM["adam_beta2"], "AdamW's decay of the mean of their squares")
+    adam_epsilon: float = option(OF_ADAM["adam_epsilon"], "what AdamW adds to the root of that")
     lr_scheduler_type: str = option("cosine", "a schedule of transformers: cosine, linear, constant_with_warmup, ...")
+    lr_scheduler_kwargs: dict[str, Any] | None = option(
+        None, 'options of the schedule\'s own, as JSON: {"min_lr_rate": 0.1} of cosine_with_min_lr'
+    )
     warmup_steps: float = option(0, "steps of linear warm-up; below 1, a fraction of all steps")
     weight_decay: float = option(0.0, "decay of weight matrices; biases and norms have none")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: not")
@@ -87,6 +105,7 @@ class TrainOptions:
         None, "bytes the head's fp32 gradient may take beside them; with less it takes another pass; none: no limit"
     )
     seed: int = option(42, "seed of the data order, the held-out draw and dropout")
+    disable_dropout: bool = option(True, "the model's own dropout is off, and so no difference to the reference")
 
     use_peft: bool = option(False, "train a LoRA adapter; the model itself stays as it is")
     lora_r: int = option(16, "rank of the adapter")
@@ -97,20 +116,28 @@ class TrainOptions:
     )
 
     logging_steps: int = option(10, "steps averaged into a line of metrics")
+    logging_first_step: bool = option(False, "a line for the first step, too")
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "no", "held-out metrics during training; before and after always"
     )
     eval_steps: int | None = option(None, "steps between them under eval_strategy steps; none: logging_steps")
-    save_steps: int = option(500, "steps between checkpoints")
+    save_strategy: Literal["no", "steps", "epoch"] = option("steps", "checkpoints during training")
+    save_steps: int = option(500, "steps between them under save_strategy steps")
     save_total_limit: int | None = option(None, "checkpoints kept; none: all")
     resume_from_checkpoint: bool | str = option(
         False, "true: go on from the last whole checkpoint of output_dir; or its path"
     )
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "where metrics go beside metrics.jsonl")
+    run_name: str | None = option(None, "the run's name there; none: tensorboard's is fastpref-RECIPE, wandb's its own")
 
     def __post_init__(self) -> None:
         settle(self)
-        check_schedule(self.recipe, self.lr_scheduler_type)
+        check_schedule(self.recipe, self.lr_scheduler_type, self.lr_scheduler_kwargs)
+        for name, default in OF_ADAM.items():
+            if self.optim in NOT_ADAM and getattr(self, name) != default:
+                raise ValueError(f"{self.recipe}: {name} is AdamW's, and optim {self.optim} has no such option")
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{self.recipe}: {name} must be in [0, 1); got {getattr(self, name)}")
         counts = "logging_steps eval_steps save_steps save_total_limit gradient_accumulation_steps lora_r workspace"
         for name in [*counts.split(), "max_length", "per_device_train_batch_size", "per_device_eval_batch_size"]:
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -129,6 +156,11 @@ class TrainOptions:
     def items_per_step(self, processes: int) -> int:
         """Items of an optimizer step, over all processes and accumulated batches."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of the longest completion that is drawn."""
+        return 0
 
     @property
     def head_options(self) -> dict[str, int]:

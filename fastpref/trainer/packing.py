@@ -5,7 +5,8 @@
 
 Every completion reads its prompt and itself, never its neighbours, so each token's state is what it is in a run of that
 sequence alone: a prompt is passed through once instead of twice, and nothing is spent on padding. The attention is
-SDPA, branch by branch, registered with transformers under the name "fastpref"; there is no mask over the row.
+SDPA, branch by branch, registered with transformers under the name "fastpref"; there is no mask over the row. Where
+dropout is on, completions share what it drops of their prompt.
 
     reason = enable_packing(model)           # None, or why this model cannot; it is then as it was
     batch = pack(sequences).to(device)       # [(prompt_ids, completion_ids), ...]

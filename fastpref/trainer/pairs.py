@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fastpref.trainer.config import given_options, option, settle
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.demo import demo_model
-from fastpref.trainer.pretrained import from_pretrained
+from fastpref.trainer.pretrained import check_positions, from_pretrained
 from fastpref.trainer.prompts import Prompt, prompt_columns, room_for_prompt, tokenize_prompts
 from fastpref.trainer.rewards import Rewards, completion_of
 from fastpref.trainer.rollout import Sample, Sampling, check_sampling, drawn, stop_ids_of
@@ -39,9 +39,10 @@ class PairsOptions:
     model_name_or_path: str | None = option(
         None, "a model's folder or hub name; none: SmolLM2-135M-Instruct, fetched once"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "the weights' type")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option("float32", "the weights' type")
+    trust_remote_code: bool = option(False, "run the Python code that a model brings along")
     dataset_name: str | None = option(
-        None, "prompts: a .jsonl, .json or .parquet file, a folder, or a hub name", alias="dataset"
+        None, "prompts: a .jsonl, .json, .parquet or .csv file, a folder, or a hub name", alias="dataset"
     )
     dataset_config: str | None = option(None, "the hub dataset's configuration")
     dataset_train_split: str = option("train", "the split whose prompts are completed")
@@ -101,9 +102,11 @@ def make(options: PairsOptions) -> Made:
     o, state = options, PartialState()
     with state.main_process_first():
         name = o.model_name_or_path or demo_model()
-        tokenizer = from_pretrained(AutoTokenizer, name, o.recipe)
+        tokenizer = from_pretrained(AutoTokenizer, name, o.recipe, trust_remote_code=o.trust_remote_code)
         prompts = load(o, tokenizer)
-    model = from_pretrained(AutoModelForCausalLM, name, o.recipe, dtype=getattr(torch, o.dtype)).to(state.device).eval()
+    how_read = {"dtype": o.dtype, "trust_remote_code": o.trust_remote_code}
+    model = from_pretrained(AutoModelForCausalLM, name, o.recipe, **how_read).to(state.device).eval()
+    check_positions(o.recipe, model, max(prompt.longest for prompt in prompts) + o.max_completion_length)
     sources = [*([o.reward_model_path] if o.reward_model_path else []), *(o.reward_funcs or [])]
     rewards = Rewards(sources, o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size)
     pad = padding_id(tokenizer)

@@ -1,17 +1,23 @@
 """What is read from a folder or the hub: a model, a tokenizer, a configuration."""
 
+import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)\b")  # tables of one vector a position
 
 
 def from_pretrained(auto: Any, name: str, recipe: str, **options: Any) -> Any:
     """auto.from_pretrained(name, **options); a ValueError names recipe and folder where that cannot be."""
     try:
         return auto.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # of a package that its code or its attention needs, too
         what = {"AutoTokenizer": "tokenizer", "AutoConfig": "configuration"}.get(auto.__name__, "model")
         is_path = Path(name).is_absolute() or name.startswith((".", "~"))
         why = "no such folder" if is_path and not Path(name).exists() else str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            why = "it brings Python code of its own, which runs with --trust_remote_code only"
         raise ValueError(
             f"{recipe}: no {what} to be had from {name!r} ({why}). Wanted: a hub name, or a folder with config.json, "
             "weights and the tokenizer's files, as save_pretrained writes them"
@@ -21,3 +27,15 @@ def from_pretrained(auto: Any, name: str, recipe: str, **options: Any) -> Any:
 def is_adapter(name: str | Path) -> bool:
     """Whether this is the folder of a peft adapter."""
     return (Path(name) / "adapter_config.json").is_file()
+
+
+def check_positions(recipe: str, model: Any, longest: int) -> None:
+    """A ValueError if a sequence is longer than the model's table of positions; without one any length will do."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    named = chain(model.named_parameters(), model.named_buffers())
+    tables = (name for name, table in named if table.ndim == 2 and POSITIONS.search(name))
+    if longest > limit and (name := next(tables, None)):
+        raise ValueError(
+            f"{recipe}: the model has {limit:,} positions ({name}), and a sequence of {longest:,} tokens does not fit; "
+            f"--max_length {limit} cuts such sequences, or leaves them out"
+        )

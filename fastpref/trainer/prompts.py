@@ -26,6 +26,8 @@ class Prompt:
     def n_tokens(self) -> int:
         return len(self.prompt_ids)
 
+    longest = n_tokens
+
 
 def prompt_columns(names: Sequence[str]) -> str | None:
     """None if a row has these columns and a prompt among them, else what is wanted."""

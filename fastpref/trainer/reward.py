@@ -90,7 +90,7 @@ def load_pairs(
 
 def scorer(options: RewardOptions, name: str, resumed: Path | None) -> Any:
     """The model with a head of one number; without a score head in its checkpoint, a random one."""
-    pad = padding_id(from_pretrained(AutoTokenizer, name, options.recipe))
+    pad = padding_id(from_pretrained(AutoTokenizer, name, options.recipe, trust_remote_code=options.trust_remote_code))
     auto = AutoModelForSequenceClassification
     return load_model(auto, options, name, resumed, task="SEQ_CLS", num_labels=1, pad_token_id=pad)
 

@@ -30,8 +30,8 @@ from fastpref.trainer.demo import demo_model
 from fastpref.trainer.identity import differences, identity
 from fastpref.trainer.metrics import MetricsLog, Sums, Tally, means, merged, read_metrics
 from fastpref.trainer.optimizers import make_optimizer
-from fastpref.trainer.options import TrainOptions
-from fastpref.trainer.pretrained import from_pretrained
+from fastpref.trainer.options import OF_ADAM, TrainOptions
+from fastpref.trainer.pretrained import check_positions, from_pretrained
 from fastpref.trainer.sharded import WholeOptimizer, whole_weights
 from fastpref.trainer.start import causal_lm, start, where_to_start
 
@@ -121,13 +121,13 @@ def open_run(
     Args:
         unit: what an item is called.
         load: given options, tokenizer and a way to say things: (items to train on, held-out items), which have
-            `prompt_ids` and `n_tokens`.
+            `prompt_ids`, `n_tokens` and `longest`.
         build: given options, the model's name and the checkpoint to go on from or None: the model.
         updates: optimizer updates a step, which the schedule counts.
         ddp: False: no DDP and no FSDP2; the recipe adds up the gradients of several processes itself.
     Raises:
-        ValueError: the items do not fill a step of several processes or of an online recipe; what `start` and
-            `where_to_start` refuse.
+        ValueError: the items do not fill a step of several processes or of an online recipe, or are longer than the
+            model's table of positions; what `start` and `where_to_start` refuse.
     """
     o = options
     accelerator = start(o)
@@ -139,7 +139,7 @@ def open_run(
         say("no dataset given, so film critics' quotes")
     with accelerator.main_process_first():
         name = o.model_name_or_path or demo_model()
-        tokenizer = from_pretrained(AutoTokenizer, name, o.recipe)
+        tokenizer = from_pretrained(AutoTokenizer, name, o.recipe, trust_remote_code=o.trust_remote_code)
         items, held_out = load(o, tokenizer, say)
     per_step = o.items_per_step(accelerator.num_processes)
     if ddp and accelerator.num_processes == 1:  # which alone can take any number of them
@@ -149,8 +149,10 @@ def open_run(
             f"{o.recipe}: {len(items)} training {unit} do not fill one optimizer step of {per_step} {unit}"
         )
     model = build(o, name, resumed)
+    check_positions(o.recipe, model, max(item.longest for item in [*items, *held_out]) + o.new_tokens)
+    adam = {name: getattr(o, name) for name in OF_ADAM}
     optimizer = make_optimizer(
-        model, o.optim, learning_rate=o.learning_rate, weight_decay=o.weight_decay, optim_args=o.optim_args
+        model, o.optim, learning_rate=o.learning_rate, weight_decay=o.weight_decay, optim_args=o.optim_args, **adam
     )
     if ddp:
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -161,7 +163,7 @@ def open_run(
         optimizer = accelerator.prepare(optimizer)
     total = updates * steps_of(o, len(items) // per_step)
     warmup = math.ceil(o.warmup_steps * total) if o.warmup_steps < 1 else int(o.warmup_steps)
-    scheduler = get_scheduler(o.lr_scheduler_type, optimizer, warmup, total)
+    scheduler = get_scheduler(o.lr_scheduler_type, optimizer, warmup, total, o.lr_scheduler_kwargs)
     run = Run(o, unit, accelerator, tokenizer, items, held_out, model, optimizer, scheduler, resumed, per_step)
     say(report.heading(name, model, accelerator.device, o.output_dir))
     say(f"run       {run.steps} steps of {per_step} {unit}; {len(items)} to train on, {len(held_out)} held out")
@@ -193,9 +195,10 @@ def begin(
         state["samples"] = sample(run)
     if o.report_to != "none":
         # what an interrupted run logged past its checkpoint is logged again
-        again = {"tensorboard": {"purge_step": state["step"] + 1}} if run.resumed else {}
+        again = {"purge_step": state["step"] + 1} if run.resumed else {}
         shown = {field.name: str(getattr(o, field.name)) for field in fields(o)}
-        run.accelerator.init_trackers(f"fastpref-{o.recipe}", shown, again)
+        project = o.run_name if o.run_name and o.report_to == "tensorboard" else f"fastpref-{o.recipe}"
+        run.accelerator.init_trackers(project, shown, {"tensorboard": again, "wandb": {"name": o.run_name}})
     log = MetricsLog(
         run.accelerator,
         run.folder / "metrics.jsonl",
@@ -301,15 +304,18 @@ def after_step(
     state["step"] = step
     state["num_tokens"] += tokens
     state["window"] = merged(state["window"], done.sums)
-    if step % o.logging_steps == 0 or step == run.steps:
+    if step % o.logging_steps == 0 or step == run.steps or (o.logging_first_step and step == 1):
         more = {"grad_norm": done.grad_norm, "learning_rate": done.learning_rate, "num_tokens": state["num_tokens"]}
         log(step, {**means(state["window"]), **more, **(figures or {})})
         state["window"] = {}
-    every = {"no": 0, "steps": o.eval_steps or o.logging_steps, "epoch": run.steps_per_epoch}[o.eval_strategy]
-    if run.held_out and (step == run.steps or (every and step % every == 0)):
+
+    def due(strategy: str, steps: int) -> bool:
+        return strategy != "no" and step % (steps if strategy == "steps" else run.steps_per_epoch) == 0
+
+    if run.held_out and (step == run.steps or due(o.eval_strategy, o.eval_steps or o.logging_steps)):
         state["after"] = evaluate(run, state)
         log(step, state["after"])
-    if step % o.save_steps == 0:
+    if due(o.save_strategy, o.save_steps):
         log.sync()
         save_state(run.accelerator, run.folder, state, run.parts, run.saver(), o.save_total_limit)
     log.advance()

@@ -9,7 +9,7 @@ never stored: the fused head works inside the model's own forward.
     train(SFTOptions(model_name_or_path=MODEL, dataset_name="examples.jsonl"))
 
 Option names and defaults are those of TRL's SFTConfig, but for those that trainer/options.py names and
-`label_smoothing`, which is ours.
+`label_smoothing` and `disable_dropout`, which are ours.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,6 +43,7 @@ class SFTOptions(CausalOptions):
 
     output_dir: str = option("runs/sft", "where model, metrics, plot and checkpoints go")
     learning_rate: float = option(2e-5, "the optimizer's learning rate at its peak")
+    disable_dropout: bool = option(False, "the model's own dropout is off")
 
     completion_only_loss: bool | None = option(
         None, "false: learn prompts too; true: rows must have a completion; none: completions where there are any"

@@ -133,13 +133,14 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
 def causal_lm(options: CausalOptions, name: str, resumed: Path | None) -> Any:
     """The causal LM with a fused head, as `load_model` prepares it; padding_free: reading packed rows if it can."""
     model = fused_lm_head(load_model(AutoModelForCausalLM, options, name, resumed, task="CAUSAL_LM"))
-    if options.padding_free and (reason := enable_packing(model)):
+    asked = options.attn_implementation not in (None, "sdpa") and f"attention is to be {options.attn_implementation}"
+    if options.padding_free and (reason := asked or enable_packing(model)):
         PartialState().print(f"padding   rows are padded, and prompts read once for each completion: {reason}")
     return model
 
 
 def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None, *, task: str, **config: Any) -> Any:
-    """A transformers model without dropout of its own; with use_peft, frozen under an adapter.
+    """A transformers model, with disable_dropout without any of its own; with use_peft, frozen under an adapter.
 
     Args:
         auto: AutoModelForCausalLM or another of transformers' classes that choose one.
@@ -156,11 +157,12 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
             "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         )
     source = name if resumed is None or options.use_peft else resumed
-    dtype = getattr(torch, options.dtype)
-    model: Any = from_pretrained(auto, str(source), options.recipe, dtype=dtype, **config)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # a difference between policy and reference that no preference caused; TRL does the same
+    how = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code, **config}
+    if options.attn_implementation is not None:
+        how["attn_implementation"] = options.attn_implementation
+    model: Any = from_pretrained(auto, str(source), options.recipe, **how)
+    if options.disable_dropout:
+        without_dropout(model)
     if options.gradient_checkpointing:
         # two names of one method: the first is new in transformers 5, the second leaves in 6
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -178,6 +180,17 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
         )
         model = get_peft_model(model, lora)
     return model
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Sets to 0 what modules drop with: p of nn.Dropout, and the shares that OPT and others hand to functions.
+
+    In training dropout is a difference between policy and reference that no preference caused.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):
+                setattr(module, name, 0.0)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
