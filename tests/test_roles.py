@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastpref import fused_lm_head
 from fastpref.trainer.roles import Roles, is_adapter_of
+from tests import test_fused_lm_head
 from tests._online import make_tiny
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])
@@ -146,3 +147,13 @@ def test_a_role_that_is_not_there(tiny):
         Roles(lora(tiny), critic=False).playing("critic"),
     ):
         pass
+
+
+def test_a_critic_reads_states_that_are_narrower_than_the_layers():
+    model = fused_lm_head(test_fused_lm_head.tiny("opt"))
+    peft_model = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
+    for roles in (Roles(model, critic=True), Roles(peft_model, critic=True)):
+        states = hidden(roles, "critic")
+        assert states.shape[-1] == 16 < model.config.hidden_size
+        with roles.playing("critic"):
+            assert roles.apply_head(states).shape == IDS.shape

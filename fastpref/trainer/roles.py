@@ -134,7 +134,8 @@ class Roles(nn.Module):
                 weight.copy_(saved[str(i)])
 
     def _zero_head(self) -> nn.Linear:
-        head = nn.Linear(self.actor.config.get_text_config().hidden_size, 1)
+        # not the configuration's hidden_size: OPT-350m's last states are projected to half of it
+        head = nn.Linear(self.actor.get_output_embeddings().weight.shape[-1], 1)
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
         return head.to(self.actor.device)
