@@ -1,4 +1,4 @@
-"""README's table and plot of measurements, from the committed rows: python -m fastpref.benchmarks.readme [README.md].
+"""README's tables and plot of measurements, from the committed rows: python -m fastpref.benchmarks.readme [README.md].
 
 It stands between two comments in README.md and is never typed; all tables stand in results/README.md. Rows are those of
 `fastpref bench --json` in results/; of two rows for the same thing the later one counts.
@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastpref.benchmarks import tables
+from fastpref.benchmarks import paragraphs, tables
 from fastpref.benchmarks._measure import Row
+from fastpref.benchmarks.paragraphs import grid, made_at
 from fastpref.benchmarks.plot import draw
 
 RESULTS = Path(__file__).with_name("results")
@@ -61,6 +62,7 @@ def section(rows: Sequence[Row]) -> str:
     parts = [part for some in (of_cpu, of_gpu) for make in (table, elsewhere, accuracy) if (part := make(some))]
     if (RESULTS / PLOT).exists():
         parts.append(f"![The same steps: time, memory](benchmarks/results/{PLOT})")
+    parts += paragraphs.all_of(of_cpu)
     return "\n\n".join(parts if of_gpu else [*parts, "On a GPU: not measured."])
 
 
@@ -94,9 +96,8 @@ def table(rows: Sequence[Row]) -> str:
             }
         )
     shown = [heading for heading in lines[0] if any(line[heading] for line in lines)]
-    cells = [shown, ["---"] * len(shown), *([line[heading] for heading in shown] for line in lines)]
-    drawn = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([*drawn, "", *words(measured, [row for row in steps.values() if "reason" in row], shown)])
+    drawn = grid([shown, *([line[heading] for heading in shown] for line in lines)])
+    return "\n".join([drawn, "", *words(measured, [row for row in steps.values() if "reason" in row], shown)])
 
 
 def elsewhere(rows: Sequence[Row]) -> str:
@@ -112,16 +113,14 @@ def elsewhere(rows: Sequence[Row]) -> str:
             heads[on] = row
     if not heads:
         return ""
-    cells = [["x bound", *STEPS], ["---"] * (1 + len(STEPS))]
+    cells = [["x bound", *STEPS]]
     for on, row in heads.items():
         found = [ratios.get((*on, *what), {}) for what in STEPS.values()]
         name = on[0] if on[0] == f"{row['H']}x{row['V']}" else f"{on[0]}, {row['H']}x{row['V']}"
         cells.append([f"{name}, {on[1]}", *(beside(step) for step in found)])
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
     tokens = ", ".join(f"{n:,}" for n in dict.fromkeys(row["tokens"] for row in heads.values()))
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in heads.values()))
-    words = f"Other heads and dtypes, {tokens} scored tokens: fastpref, the best peer, eager PyTorch; {commits}."
-    return "\n".join([*lines, "", words])
+    about = f"Other heads and dtypes, {tokens} scored tokens: fastpref, the best peer, eager PyTorch"
+    return f"{grid(cells)}\n\n{about}; {made_at(list(heads.values()))}."
 
 
 def beside(step: dict[str, float]) -> str:
@@ -151,14 +150,14 @@ def accuracy(rows: Sequence[Row]) -> str:
         [NAMES[name], *(f"{found[name, dtype][key]:.1e}" for dtype in dtypes for key in columns.values())]
         for name in sorted(names, key=lambda name: found[name, "bfloat16"]["rms"])
     ]
-    drawn = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines)]
-    row = found[names[0], "bfloat16"]
+    shown = [found[name, dtype] for dtype in dtypes for name in names]
     about = (
         f"How far log-probs (nats) and the head's gradient (relative) are from float64 on the same rounded inputs: "
-        f"{row['tokens']:,} tokens of film criticism through {MODEL}; `fastpref bench accuracy`, {row['commit']}. "
-        "Synthetic rows with labels up to 100 nats below the maximum stand in `benchmarks/results/` too."
+        f"{shown[0]['tokens']:,} tokens of film criticism through {MODEL}; `fastpref bench accuracy`, "
+        f"{made_at(shown)}. Synthetic rows with labels up to 100 nats below the maximum stand in "
+        "`benchmarks/results/` too."
     )
-    return "\n".join([*drawn, "", about])
+    return f"{grid([head, *lines])}\n\n{about}"
 
 
 def length(row: Row) -> str:
@@ -186,11 +185,10 @@ def words(measured: Sequence[Row], absent: Sequence[Row], shown: Sequence[str]) 
     missing = ["Absent here: " + "; ".join(reasons).replace("not measured: ", "") + "."] if reasons else []
     packages = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "verl")
     versions = ", ".join(f"{name} {row[name]}" for name in packages if row.get(name))
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in measured))
     return [
         about,
         *missing,
-        f"{row.get('gpu', row['device'])}, {row['threads']} threads; {versions}; {commits}. {AGAIN}",
+        f"{row.get('gpu', row['device'])}, {row['threads']} threads; {versions}; {made_at(measured)}. {AGAIN}",
     ]
 
 
