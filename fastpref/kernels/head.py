@@ -7,7 +7,7 @@ With z the logits, y the target and a an anchor (the label's own logit, so that 
 
     dL/dz_v = g 1[v = y] - p_v (g + h (log p_v + entropy)),    p_v = e_v / S,  g = dL/dlogp,  h = dL/dentropy
 
-A row whose S' passes 2^40 is scored once more, anchored at its maximum: its e would not survive 16-bit products.
+A row whose S' passes 2^60 is scored once more, anchored at its maximum: the sum of its e^2 would not survive fp32.
 A chunk stores F_v = e_v (1 - tanh^2), label entry zero; the label's rank-one terms are added in fp32.
 head_gradients.py goes on from there.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastpref.kernels.chunks import ROW_BLOCK, accumulator, most_rows, split
 from fastpref.kernels.shard import Shard, in_order
 
-RESCORE_ABOVE = 2.0**40  # of S'; 27.7 nats
+RESCORE_ABOVE = 2.0**60  # of S'; 41.6 nats
 
 
 class Head(NamedTuple):
