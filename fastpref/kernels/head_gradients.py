@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.kernels.chunks import SMALL_BLOCK, accumulator, chunk_dtype, chunk_tokens
+from fastpref.kernels.chunks import MIB, SMALL_BLOCK, accumulator, chunk_dtype, chunk_tokens
 from fastpref.kernels.head import Head, Kernels, Problem, Rows, Scores, label_logits
 from fastpref.kernels.memory import huge_pages
 
@@ -131,7 +131,8 @@ def add_gradients(
     step, size = tile_formed_again(
         hidden_size, vocab_size, problem.hidden.dtype, problem.head.workspace, d_weight=out.weight is not None
     )
-    parts = [part_of(kernels, problem, index[i], scores.at(i), upstream.at(i)) for i in live.split(size)]
+    few = live.tensor_split(-(-live.numel() // size))
+    parts = [part_of(kernels, problem, index[i], scores.at(i), upstream.at(i)) for i in few]
     _add_formed_again(kernels, problem, parts, step, out)
 
 
@@ -168,14 +169,22 @@ def _add_formed_again(kernels: Kernels, problem: Problem, parts: list[Part], ste
         add_label_to_hidden(kernels, problem, part, out.hidden)
     only = _operands(kernels, problem, parts[0]) if len(parts) == 1 else None
     rounds = kernels.ROUNDS and out.once and len(parts) == 1
+    d_rows = None  # of one part: added up over the slabs, then scaled once
+    if only is not None and kernels.SLABS and out.hidden is not None:
+        d_rows = out.hidden.new_zeros(only.rows.x.shape)
     for slab, d_weight in _slabs(head, out, step, parts[0].factor.dtype, rounds):
         for part in parts:
             operands = only or _operands(kernels, problem, part)
             f = _form_again(kernels, head.rows(slab.start, slab.stop), slab.start, operands.rows, part)
-            _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
+            if d_rows is None:
+                _add_d_hidden(kernels, problem, part, f, head.weight[slab], out)
+            else:
+                kernels.add_d_hidden(f, head.weight[slab], problem.hidden.dtype, d_rows)
             accumulate = out.written or part is not parts[0]
             _add_slab(kernels, part, operands, f, slab, d_weight, out.bias, accumulate=accumulate)
             del f  # before the next one is made
+    if d_rows is not None and out.hidden is not None:
+        _add_to_hidden(kernels, problem, parts[0], d_rows, parts[0].factor, out.hidden)
     out.written = True
 
 
@@ -232,10 +241,11 @@ def tile_formed_again(
     """(rows of the vocabulary, rows of hidden) whose exponentials are formed again together."""
     if not d_weight:
         return vocab_size, chunk_tokens(hidden_size, vocab_size, dtype, workspace)
-    step = min(vocab_size, _blocks(workspace // 8 // (4 * hidden_size)))
+    slab = min(workspace // 4, max(workspace // 8, 8 * MIB))  # of dW, in fp32
+    step = min(vocab_size, _blocks(slab // (4 * hidden_size)))
     # beside its exponentials a row has copies of itself and what it adds to dX, all (n, H)
     row = step * (chunk_dtype(dtype).itemsize + 1) + 20 * hidden_size
-    return step, max(SMALL_BLOCK, workspace // 2 // row // SMALL_BLOCK * SMALL_BLOCK)
+    return step, max(SMALL_BLOCK, workspace * 3 // 4 // row // SMALL_BLOCK * SMALL_BLOCK)
 
 
 def _blocks(rows: int) -> int:
