@@ -13,7 +13,7 @@ static T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 void bind_head(py::module_& m) {
   m.attr("token_pad") = kTokenPad;
-  m.def("head_isas", &head_isas);
+  m.def("isas", &isas);
   m.def("label_dots", [](uintptr_t hidden, uintptr_t weight, uintptr_t targets, uintptr_t out, int64_t n, int64_t hidden_size,
                          int64_t weight_stride, int64_t weight_column, int dtype, bool weight_fp32, int threads) {
     py::gil_scoped_release release;

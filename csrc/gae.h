@@ -27,7 +27,7 @@ struct GaeArgs {
   double lam;
 };
 
-// `isa`: one of head_isas().
+// `isa`: one of isas().
 void gae_cpu(const std::string& isa, const GaeArgs& args, int n_threads);
 
 // Asynchronous on `stream` of `device`; null, or the text of the error.

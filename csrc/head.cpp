@@ -1,13 +1,4 @@
 // Chooses the head's kernels at run time, and what needs no vectors: the label's own product.
-#include <stdexcept>
-#include <string>
-
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #define FP_ISA baseline
 #include "head_dispatch.h"
 #include "storage.h"
@@ -15,78 +6,18 @@
 
 namespace fastpref {
 
-#ifdef FP_HAVE_AMX
-namespace amx { extern const HeadKernels kernels; }
-#endif
-#ifdef FP_HAVE_AVX512BF16
-namespace avx512bf16 { extern const HeadKernels kernels; }
-#endif
-#ifdef FP_HAVE_AVX512
-namespace avx512 { extern const HeadKernels kernels; }
-#endif
-#ifdef FP_HAVE_AVX2
-namespace avx2 { extern const HeadKernels kernels; }
-#endif
-namespace portable { extern const HeadKernels kernels; }
-
-#ifdef FP_HAVE_AMX
-// Linux gives a process the 8 KiB of tile registers only if it asks; older ones know nothing of them.
-static bool may_use_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  unsigned eax, ebx, ecx, edx;
-  static const bool granted = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTile) &&
-                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return granted;
-#else
-  return false;
-#endif
-}
-#endif
-
-std::vector<std::string> head_isas() {
-  std::vector<std::string> found;
-#if defined(__x86_64__) && defined(__GNUC__)
-  const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
-#ifdef FP_HAVE_AMX
-  if (v4 && __builtin_cpu_supports("avx512bf16") && may_use_tiles()) found.push_back("amx");
-#endif
-#ifdef FP_HAVE_AVX512BF16
-  if (v4 && __builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");
-#endif
-#ifdef FP_HAVE_AVX512
-  if (v4) found.push_back("avx512");
-#endif
-#ifdef FP_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) found.push_back("avx2");
-#endif
-#endif
-  found.push_back("portable");
-  return found;
-}
+#define FP_DECLARE(name) \
+  namespace name { extern const HeadKernels kernels; }
+FP_ISAS(FP_DECLARE)
+#undef FP_DECLARE
 
 const HeadKernels& head_kernels(const std::string& isa) {
-  for (const std::string& usable : head_isas()) {
-    if (usable != isa) continue;
-#ifdef FP_HAVE_AMX
-    if (isa == "amx") return amx::kernels;
-#endif
-#ifdef FP_HAVE_AVX512BF16
-    if (isa == "avx512bf16") return avx512bf16::kernels;
-#endif
-#ifdef FP_HAVE_AVX512
-    if (isa == "avx512") return avx512::kernels;
-#endif
-#ifdef FP_HAVE_AVX2
-    if (isa == "avx2") return avx2::kernels;
-#endif
-    return portable::kernels;
-  }
-  std::string known;
-  for (const std::string& usable : head_isas()) known += (known.empty() ? "" : ", ") + usable;
-  throw std::invalid_argument("head: FASTPREF_CPU_ISA must be one of " + known + " on this processor; got " + isa);
+  check_isa("head", isa);
+#define FP_CHOOSE(name) \
+  if (isa == #name) return name::kernels;
+  FP_ISAS(FP_CHOOSE)
+#undef FP_CHOOSE
+  __builtin_unreachable();
 }
 
 using namespace baseline;

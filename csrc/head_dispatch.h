@@ -1,14 +1,12 @@
 // The head's entry points for the binding.
 #pragma once
 #include <string>
-#include <vector>
 
 #include "head.h"
+#include "isas.h"
 
 namespace fastpref {
 
-// Usable on this processor, best first.
-std::vector<std::string> head_isas();
 const HeadKernels& head_kernels(const std::string& isa);
 
 // out (n,) = hidden[t] . weight[targets[t]], summed in fp64; weight_column and weight_fp32 as in Scoring

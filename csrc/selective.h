@@ -40,7 +40,7 @@ struct SelectiveKernels {
   void (*backward)(const Logits&, const TokenGradients&, Dtype, int threads);
 };
 
-// `isa`: one of head_isas().
+// `isa`: one of isas().
 const SelectiveKernels& selective_kernels(const std::string& isa);
 
 }  // namespace fastpref

@@ -34,7 +34,7 @@ from fastpref.kernels.cpu import head as cpu_head
 from fastpref.kernels.head import Head
 
 ROOT = Path(__file__).parents[1]
-ISAS = _cpu.head_isas()
+ISAS = _cpu.isas()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # one; odd; whole AMX tiles and pairs; one past a tile in each; past a block of K, of MC rows and of the vocabulary
 SHAPES = [(1, 1, 2), (7, 13, 11), (32, 64, 96), (33, 65, 97), (49, 259, 483)]
@@ -84,7 +84,7 @@ def isa(request, monkeypatch):
         return request.param
     module = request.getfixturevalue("emulated")
     monkeypatch.setenv("FASTPREF_CPU_ISA", "amx")
-    names = ("head_isas", "head_score", "head_d_hidden", "head_d_weight")
+    names = ("isas", "head_score", "head_d_hidden", "head_d_weight")
     kernels = SimpleNamespace(
         token_pad=_cpu.token_pad, label_dots=_cpu.label_dots, **{name: getattr(module, name) for name in names}
     )

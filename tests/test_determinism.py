@@ -48,7 +48,7 @@ def isas() -> list[str]:
         return []
     from fastpref import _cpu
 
-    return _cpu.head_isas()
+    return _cpu.isas()
 
 
 def everything(dtype: torch.dtype, backend: str, rows: slice = slice(None), workspace=None) -> dict[str, torch.Tensor]:

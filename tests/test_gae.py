@@ -60,7 +60,7 @@ LIKENESSES = {  # of a row's masked and terminal steps: each is another path of 
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="built without a C++ compiler")
-@pytest.mark.parametrize("isa", fastpref._cpu.head_isas() if "cpu" in BACKENDS else ["none"])
+@pytest.mark.parametrize("isa", fastpref._cpu.isas() if "cpu" in BACKENDS else ["none"])
 @pytest.mark.parametrize("likeness", LIKENESSES)
 def test_every_path_of_every_instruction_set(likeness, isa, monkeypatch):
     monkeypatch.setenv("FASTPREF_CPU_ISA", isa)

@@ -34,7 +34,7 @@ EVERY = {"outputs": ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")}
 if "cpu" in BACKENDS:
     from fastpref import _cpu
 
-    ISAS = _cpu.head_isas()
+    ISAS = _cpu.isas()
 else:
     ISAS = []
 

@@ -301,7 +301,7 @@ def test_instruction_sets_and_every_length_of_a_row(monkeypatch):
             args["targets"] = torch.where(args["targets"] == IGNORE, IGNORE, torch.arange(40) % v)
             args["logits"] = torch.full((40, v + 64), math.nan, dtype=dtype)[:, 32 : 32 + v].copy_(args["logits"])
             want, d_want = run(with_identity(truth), args, grads=grads, trained=("logits",), dtype=torch.float64)
-            for isa in _cpu.head_isas():
+            for isa in _cpu.isas():
                 monkeypatch.setenv("FASTPREF_CPU_ISA", isa)
                 logits = args["logits"].requires_grad_()  # not a clone, which would be contiguous
                 got = selective_logps(logits, args["targets"], outputs=("entropy",), backend="cpu")

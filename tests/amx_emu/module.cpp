@@ -7,7 +7,7 @@ namespace fastpref {
 
 namespace amx { extern const HeadKernels kernels; }
 
-std::vector<std::string> head_isas() { return {"amx"}; }
+std::vector<std::string> isas() { return {"amx"}; }
 
 const HeadKernels& head_kernels(const std::string& isa) {
   if (isa != "amx") throw std::invalid_argument("emulated: amx; got " + isa);

@@ -13,9 +13,9 @@ int main(int argc, char** argv) {
   if (argc < 3) return std::fprintf(stderr, "usage: fuzz_cpu FIRST_SEED COUNT [ISA]\n"), 2;
   const long first = std::atol(argv[1]), count = std::atol(argv[2]);
   __sanitizer_set_death_callback([] { std::fprintf(stderr, "DIED in %s\n", now.c_str()); });
-  std::string isas;
-  for (const std::string& isa : head_isas()) isas += " " + isa;
-  std::printf("instruction sets:%s\n", isas.c_str());
+  std::string names;
+  for (const std::string& isa : isas()) names += " " + isa;
+  std::printf("instruction sets:%s\n", names.c_str());
   std::fflush(stdout);
   for (long seed = first; seed < first + count; ++seed) {
     rnd.bits.seed(seed);

@@ -60,7 +60,7 @@ static void check_gae(const std::string& isa) {
 void check_gae_everywhere(const std::string& only) {
   const Random from = rnd;  // the same case for each
   const std::string seed = now;
-  for (const std::string& isa : head_isas()) {
+  for (const std::string& isa : isas()) {
     if (!only.empty() && isa != only) continue;
     rnd = from, now = seed;
     check_gae(isa);

@@ -298,7 +298,7 @@ static void check_label_dots(const HeadCase& c) {
 
 static std::vector<std::pair<std::string, const HeadKernels*>> head_kernels_of_this_processor() {
   std::vector<std::pair<std::string, const HeadKernels*>> found;
-  for (const std::string& isa : head_isas()) found.emplace_back(isa, &head_kernels(isa));
+  for (const std::string& isa : isas()) found.emplace_back(isa, &head_kernels(isa));
 #ifdef FUZZ_AMX_EMULATED
   // it has AVX512-BF16's instructions beside the emulated ones
   if (found.front().first == "avx512bf16") found.emplace_back("amx_emulated", &amx_emulated::kernels);

@@ -143,7 +143,7 @@ void check_row(const LogitsCase& c, int64_t t, const Forward& out, const Buffer&
 void check_selective(const std::string& only) {
   const LogitsCase c;
   const std::string seed = now;
-  for (const std::string& isa : head_isas()) {
+  for (const std::string& isa : isas()) {
     if (!only.empty() && isa != only) continue;
     now = seed + ": " + c.text(isa);
     const SelectiveKernels& kernels = selective_kernels(isa);

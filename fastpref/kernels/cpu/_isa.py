@@ -11,4 +11,4 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype o
 
 def isa() -> str:
     """The instruction set in use: the best of this processor, or FASTPREF_CPU_ISA."""
-    return os.environ.get("FASTPREF_CPU_ISA") or _cpu.head_isas()[0]
+    return os.environ.get("FASTPREF_CPU_ISA") or _cpu.isas()[0]
