@@ -179,7 +179,7 @@ def check_policy_loss(rank):
 
 def check_the_least_of_what_a_copy_may_take(rank):
     """The processes take the same passes, though one of them alone has no room for the copy of the gradient."""
-    args = {**in_sequences(4, 250), "advantages": upstream(4)}
+    args = {**in_sequences(4, 700), "advantages": upstream(4)}  # several chunks
     given = {"entropy_coef": 0.1, "workspace": 2**20, "max_extra_bytes": None if rank else 0}
     assert_same(*both(linear_policy_loss, args, {"loss": torch.tensor(1.7)}, rank, **given), rank, tolerance=1e-5)
 
