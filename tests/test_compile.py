@@ -12,6 +12,7 @@ from fastpref import (
     dpo_loss,
     gae,
     linear_logps,
+    linear_policy_loss,
     linear_preference_loss,
     linear_unpaired_loss,
     selective_logps,
@@ -234,6 +235,24 @@ def test_every_unpaired_loss():
     assert_compiles(
         lambda **given: linear_unpaired_loss(**given, **options), args, of_loss, trained=("hidden",), tolerance=5e-6
     )
+
+
+SIZED = {  # what a loss is given beside sequences, of which there are number.numel()
+    linear_preference_loss: lambda number: {"ref_logps": -9 - 0.3 * number, "label_smoothing": 0.1},
+    linear_unpaired_loss: lambda number: {"ref_logps": -9 - 0.3 * number, "desirable": number % 2 == 0, "kl": 0.3},
+    linear_policy_loss: lambda number: {"advantages": 0.7 * number - 1, "entropy_coef": 0.1, "epsilon_high": 0.3},
+}
+
+
+@pytest.mark.parametrize("function", SIZED)
+def test_losses_of_any_shape(function):
+    """The numbers among a loss's defaults too are then inputs of the graph, if anything reads them."""
+
+    def of(hidden, weight, targets):
+        return function(hidden, weight, targets, **SIZED[function](torch.arange(targets.shape[0])))
+
+    more = [sequences(3, 7), sequences(4, 9)]
+    assert_compiles(of, sequences(), of_loss, dynamic=True, more=more, trained=("hidden",), tolerance=5e-6)
 
 
 def test_preference_loss_of_packed_sequences():

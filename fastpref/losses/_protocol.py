@@ -146,5 +146,10 @@ def _name(loss: Loss) -> str:
 
 
 def _options(loss: Loss, given: tuple[str, ...]) -> list[str]:
+    if inspect.isfunction(loss) and not hasattr(loss, "__wrapped__"):
+        # no signature: it reads the defaults, which torch.compile(dynamic=True) then takes for tensors
+        code = loss.__code__
+        names = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+        return [name for name in names if name not in given]
     parameters = inspect.signature(loss).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given]
