@@ -31,11 +31,11 @@ rows() { echo "--rounds 5 --longest 10 --json $file"; }  # one contender is give
 head() { bench head --loss dpo ppo --dtype bfloat16 $(rows); }
 fp32() { bench head --loss dpo ppo --dtype float32 $(rows); }
 # without who takes a minute a step here, and without a second way to call Liger
+FEW="fastpref naive naive-compiled liger-whole liger-ce trl torch-lce cce quack"
 wide() {
-  bench head --shape 2048x32000 Qwen2.5-0.5B --pairs 4 --length 256 --loss dpo ppo --dtype bfloat16 $(rows) \
-    --contenders fastpref naive naive-compiled liger-whole trl torch-lce cce
+  bench head --shape 2048x32000 Qwen2.5-0.5B --pairs 4 --length 256 --loss dpo ppo --dtype bfloat16 $(rows) --contenders $FEW
 }
-losses() { bench head --loss score logps grpo kto sft --head trained --dtype bfloat16 $(rows); }
+losses() { bench head --loss score logps grpo kto sft --head trained --dtype bfloat16 $(rows) --contenders $FEW; }
 longest() { bench memory --dtype bfloat16 --json "$file"; }
 memory() { "$PYTHON" -m fastpref.benchmarks.memory_cpu --rounds 1 --json "$file"; }
 scaling() { bench scaling --dtype bfloat16 --rounds 3 --json "$file"; }
