@@ -97,7 +97,9 @@ def table(rows: Sequence[Row]) -> str:
         )
     shown = [heading for heading in lines[0] if any(line[heading] for line in lines)]
     drawn = grid([shown, *([line[heading] for heading in shown] for line in lines)])
-    return "\n".join([drawn, "", *words(measured, [row for row in steps.values() if "reason" in row], shown)])
+    of_others = [steps.get((*what, row["contender"]), {}) for what, _ in OTHERS.values() for row in measured]
+    made = made_at([row for row in (*measured, *of_others) if "ratio" in row])
+    return "\n".join([drawn, "", *words(measured, [row for row in steps.values() if "reason" in row], shown, made)])
 
 
 def elsewhere(rows: Sequence[Row]) -> str:
@@ -167,7 +169,7 @@ def length(row: Row) -> str:
     return f"{row['length']:,}" if "length" in row else "none" if "reason" in row else ""
 
 
-def words(measured: Sequence[Row], absent: Sequence[Row], shown: Sequence[str]) -> list[str]:
+def words(measured: Sequence[Row], absent: Sequence[Row], shown: Sequence[str], made: str) -> list[str]:
     """What the columns are, who is missing, where it was measured."""
     row = measured[0]
     about = (
@@ -188,7 +190,7 @@ def words(measured: Sequence[Row], absent: Sequence[Row], shown: Sequence[str]) 
     return [
         about,
         *missing,
-        f"{row.get('gpu', row['device'])}, {row['threads']} threads; {versions}; {made_at(measured)}. {AGAIN}",
+        f"{row.get('gpu', row['device'])}, {row['threads']} threads; {versions}; {made}. {AGAIN}",
     ]
 
 
