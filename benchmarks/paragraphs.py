@@ -98,8 +98,8 @@ def one_batch(rows: Sequence[Row]) -> str:
         )
     about = (
         f"A DPO step of SmolLM2-135M's head on {rows[0]['tokens']} completion tokens among {rows[0]['positions']} "
-        "positions. Errors are relative to fp64, memory is what the resident set grew by, with the gradients returned, "
-        f"110 MiB in fp32 and 55 in bf16; `python benchmarks/smollm2_head.py`, {made_at(rows)}."
+        "positions. Errors are relative to fp64, memory is what the resident set grew by, with the gradients returned; "
+        f"`python benchmarks/smollm2_head.py`, {made_at(rows)}."
     )
     return f"{grid(lines)}\n\n{about}"
 

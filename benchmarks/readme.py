@@ -46,7 +46,7 @@ STEPS = {  # of the table of other heads: (loss, head)
     "PPO, frozen head": ("ppo", "frozen"),
 }
 LONGEST, PLOT = "longest pair", "bench_cpu.png"
-AGAIN = "Again on your machine: `fastpref bench --quick`, or `bash benchmarks/run_cpu.sh head` for these figures."
+AGAIN = "Again on your machine: `fastpref bench --quick`; `bash benchmarks/run_cpu.sh head losses` for these figures."
 
 
 def committed() -> list[Row]:
