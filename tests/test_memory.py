@@ -19,9 +19,7 @@ pytestmark = [  # under deterministic algorithms nothing is used again
 
 
 @pytest.fixture(autouse=True)
-def what_nobody_has_used(monkeypatch):
-    """The limit of a process in which no trainer has run, and no buffer of an earlier test."""
-    monkeypatch.setattr(memory, "_most", 2**29)
+def no_buffer_of_an_earlier_test():
     memory.release()
 
 

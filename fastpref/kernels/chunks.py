@@ -58,3 +58,9 @@ def split(index: Tensor, size: int) -> Iterator[Tensor]:
     """Chunks of `size` and a rest."""
     if index.numel():
         yield from index.split(size)
+
+
+def evenly(index: Tensor, size: int) -> tuple[Tensor, ...]:
+    """As few chunks of at most `size`, with as many rows in each: few cost as much as many."""
+    count = -(-index.numel() // size)
+    return index.tensor_split(count) if count else ()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.kernels.chunks import MIB, SMALL_BLOCK, accumulator, chunk_dtype, chunk_tokens
+from fastpref.kernels.chunks import MIB, SMALL_BLOCK, accumulator, chunk_dtype, chunk_tokens, evenly
 from fastpref.kernels.head import Head, Kernels, Problem, Rows, Scores, label_logits
 from fastpref.kernels.memory import huge_pages
 
@@ -131,8 +131,7 @@ def add_gradients(
     step, size = tile_formed_again(
         hidden_size, vocab_size, problem.hidden.dtype, problem.head.workspace, d_weight=out.weight is not None
     )
-    few = live.tensor_split(-(-live.numel() // size))
-    parts = [part_of(kernels, problem, index[i], scores.at(i), upstream.at(i)) for i in few]
+    parts = [part_of(kernels, problem, index[i], scores.at(i), upstream.at(i)) for i in evenly(live, size)]
     _add_formed_again(kernels, problem, parts, step, out)
 
 

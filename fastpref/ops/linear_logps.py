@@ -184,8 +184,7 @@ def _op(
     size = keep_rows or chunks.score_tokens(weight.shape[1], head.most_rows, workspace)
     if unit_d_hidden:
         _, size = unit_tile(weight.shape[1], head.most_rows, hidden.dtype, workspace, slabs=run.SLABS and shard is None)
-    tiles = -(-index.numel() // size)
-    for part in index.tensor_split(tiles) if tiles else ():  # as many rows in each: few cost as much as many
+    for part in chunks.evenly(index, size):
         rows_here = problem.gather(part)
         if unit_d_hidden:
             alone = driver.Problem(rows_here.x, head, problem.targets[part], None, rows_here.inv_temperature)
