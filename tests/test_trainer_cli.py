@@ -74,6 +74,7 @@ def test_words_become_values(words, value):
     [
         (["--lerning_rate", "1"], "unknown option '--lerning_rate'; did you mean 'learning_rate'?"),
         (["--learn", "1"], "unknown option '--learn'"),  # an abbreviation changes its meaning when options are added
+        (["--stepz", "1", "--warm", "2"], "unknown options '--stepz' (did you mean 'steps'?), '--warm': --help lists"),
         (["--learning_rate", "fast"], "learning_rate: wanted a number; got 'fast'"),
         (["--steps", "1.5"], "steps: wanted a whole number; got '1.5'"),
         (["--bf16", "maybe"], "bf16: wanted true or false; got 'maybe'"),
@@ -103,6 +104,8 @@ def test_yaml_takes_aliases_and_a_bare_no(tmp_path):
     [
         ("stepz: 3", "unknown option 'stepz'; did you mean 'steps'?"),
         ("q: x", "unknown option 'q'; one of learning_rate, name"),
+        ("stepz: 3\nq: x\nsteps: a\nn: x", "unknown options 'stepz' (did you mean 'steps'?), 'q': --help lists"),
+        ("stepz: 3\nsteps: a\nbf16: 2", "steps: wanted a whole number; got 'a'; bf16: wanted true or false; got 2"),
         ("n: x\nname: y", "name is given by both its names"),
         ("strategy: true", "strategy: wanted one of no, steps; got True"),
         ("steps: [3]", "steps: wanted a whole number; got [3]"),

@@ -63,7 +63,7 @@ def given_options(options: type, argv: Sequence[str], *, prog: str, description:
     config = line.pop("config")
     try:
         if unknown:
-            raise ValueError(_unknown(unknown[0], kinds))
+            raise ValueError(_unknown([word for word in unknown if word.startswith("--")] or unknown[:1], kinds))
         given = read_yaml(options, config) if config else {}
         given.update({name: convert(name, value, kinds[name]) for name, value in line.items()})
     except (OSError, ValueError) as error:
@@ -75,7 +75,7 @@ def read_yaml(options: type, path: str | os.PathLike[str]) -> dict[str, Any]:
     """The options that a YAML file sets, by their names or aliases, name to converted value.
 
     Raises:
-        ValueError: an unknown key, a value of another type, or an option by both its names.
+        ValueError: all unknown keys, values of another type, and options by both their names, each named.
     """
     import yaml  # a requirement of the trainer only
 
@@ -91,13 +91,20 @@ def read_yaml(options: type, path: str | os.PathLike[str]) -> dict[str, Any]:
     kinds = _kinds(options)
     aliases = {field.metadata["alias"]: field.name for field in dataclasses.fields(options)}
     given: dict[str, Any] = {}
+    unknown = [str(key) for key in found if aliases.get(key, key) not in kinds]
+    # a file written for another trainer has many, and whoever brings it wants to hear of all at once
+    wrong = [_unknown(unknown, kinds)] if unknown else []
     for key, value in found.items():
         name = aliases.get(key, key)
-        if name not in kinds:
-            raise ValueError(f"{path}: {_unknown(str(name), kinds)}")
         if name in given:
-            raise ValueError(f"{path}: {name} is given by both its names")
-        given[name] = convert(name, value, kinds[name])
+            wrong.append(f"{name} is given by both its names")
+        elif name in kinds:
+            try:
+                given[name] = convert(name, value, kinds[name])
+            except ValueError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
     return given
 
 
@@ -253,6 +260,11 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def _unknown(name: str, kinds: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name.lstrip("-").partition("=")[0], kinds, n=1)
-    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; one of {', '.join(kinds)}")
+def _unknown(names: Sequence[str], kinds: Mapping[str, Any]) -> str:
+    words = [name.partition("=")[0] for name in names]
+    near = [difflib.get_close_matches(word.lstrip("-"), kinds, n=1) for word in words]
+    if len(words) == 1:
+        hint = f"did you mean {near[0][0]!r}?" if near[0] else f"one of {', '.join(kinds)}"
+        return f"unknown option {words[0]!r}; {hint}"
+    told = [repr(word) + (f" (did you mean {one[0]!r}?)" if one else "") for word, one in zip(words, near, strict=True)]
+    return f"unknown options {', '.join(told)}: --help lists those that there are"
