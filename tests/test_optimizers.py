@@ -1,5 +1,7 @@
 """Optimizers by transformers' names."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -55,3 +57,9 @@ def test_refusals():
     # needs projections of chosen layers
     with pytest.raises(ValueError, match="unknown optim 'galore_adamw'"):
         make_optimizer(model(), "galore_adamw", learning_rate=1e-3, weight_decay=0.0)
+
+
+def test_an_optimizer_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"^make_optimizer: optim adamw_8bit: .*bitsandbytes"):
+        make_optimizer(model(), "adamw_8bit", learning_rate=1e-3, weight_decay=0.0)

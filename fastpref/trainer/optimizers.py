@@ -53,7 +53,10 @@ def make_optimizer(
         adam_beta2=adam_beta2,
         adam_epsilon=adam_epsilon,
     )
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        raise ImportError(f"make_optimizer: optim {name}: {error}") from error
     return kind(decay_groups(model, weight_decay), **options)
 
 
