@@ -84,6 +84,11 @@ def test_refuses(tiny, tmp_path):
         options(tiny, tmp_path / "x", dataset_name=None)
     with pytest.raises(ValueError, match=r"^Rewards: tests._online:nothing must name a function"):
         make(options(tiny, tmp_path / "x", reward_funcs=["tests._online:nothing"]))
+    with pytest.raises(ValueError, match=r"^Rewards: no module nowhere for nowhere.inside:it, in the current folder"):
+        make(options(tiny, tmp_path / "x", reward_funcs=["nowhere.inside:it"]))
+    for name, told in {"rewards.brevity": "rewards:brevity", "accuracy_reward": "trl.rewards:accuracy_reward"}.items():
+        with pytest.raises(ValueError, match=rf"^Rewards: {name} is neither .* as module:function, as in {told}$"):
+            make(options(tiny, tmp_path / "x", reward_funcs=[name]))
     with pytest.raises(ValueError, match=r"^pairs: no prompt has completions whose scores differ by more than 1$"):
         make(options(tiny, tmp_path / "x", min_margin=1.0))
     with pytest.raises(ValueError, match=r"^pairs: no tokenizer to be had from '/nowhere' \(no such folder\)"):

@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,11 +125,28 @@ class Rewards:
             module, _, name = source.partition(":")
             if "" not in sys.path:
                 sys.path.insert(0, "")  # the console script looks beside itself only, not where it is called
-            function = getattr(importlib.import_module(module), name, None)
+            function = getattr(_module(module, source), name, None)
             if not callable(function):
                 raise ValueError(f"Rewards: {source} must name a function as module:function; {module} has no {name}")
             return name, partial(_of_function, name, function, tokenizer, self._given)
+        if "/" not in source and not Path(source).exists():
+            module, _, name = source.rpartition(".")
+            raise ValueError(
+                f"Rewards: {source} is neither a reward model's folder nor its hub name (owner/name), and a function "
+                f"is given as module:function, as in {module or 'trl.rewards'}:{name}"
+            )
         return str(source).rstrip("/").rpartition("/")[2], RewardModel(source, tokenizer, device, batch_size)
+
+
+def _module(name: str, source: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # one that it imports
+            raise
+        raise ValueError(
+            f"Rewards: no module {error.name} for {source}, in the current folder or in PYTHONPATH"
+        ) from error
 
 
 def _of_function(
