@@ -11,6 +11,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import transformers
+from peft import load_peft_weights
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastpref.kernels import memory
 from fastpref.trainer import eval, pairs, run
@@ -194,6 +196,40 @@ def test_dropout_is_off_as_in_trl(model, tiny):
         assert torch.equal(first, second) is same
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"lora_target_modules": "nosuch"},
+            r"no adapter for lora_target_modules \['nosuch'\] .* matrices are .*, q_proj, ",
+        ),
+        ({"lora_target_modules": ".*nosuch"}, r"no adapter for lora_target_modules .*; all-linear takes"),
+        ({"output_dir": "{}/model/config.json"}, r"output_dir .*config.json cannot be .*config.json is not a folder"),
+        ({"output_dir": "{}/pairs.jsonl/run"}, r"output_dir .*run cannot be .*pairs.jsonl is not a folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_step(wrong, message, tiny, tmp_path):
+    given = {"output_dir": tmp_path, "use_peft": True, **{name: value.format(tiny) for name, value in wrong.items()}}
+    with pytest.raises(ValueError, match=rf"^dpo: {message}"):
+        train(options(tiny, **given))
+
+
+def test_a_bare_name_is_a_layer_to_adapt(tiny, tmp_path):
+    train(options(tiny, tmp_path, use_peft=True, lora_target_modules="q_proj", max_steps=1))
+    adapted = load_peft_weights(str(tmp_path / "model"), device="cpu")
+    assert adapted and all("q_proj" in name for name in adapted)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    config = LlamaConfig.from_pretrained(tiny / "model", vocab_size=5)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"^dpo: the model has embeddings of 5 tokens, and the tokenizer makes token 16"
+    ):
+        train(options(tiny, tmp_path / "run", model_name_or_path=str(tmp_path / "model")))
+
+
 @pytest.mark.parametrize("model", DROPPING)
 def test_sequences_longer_than_the_models_positions_are_refused(model, tiny, tmp_path):
     rows = '{"prompt": "%s", "chosen": " good", "rejected": " bad film"}\n'
@@ -209,5 +245,8 @@ def test_sequences_longer_than_the_models_positions_are_refused(model, tiny, tmp
     with pytest.raises(ValueError, match=f"^eval: {message}"):
         eval.evaluate(EvalOptions(**sources))
     sampled = {"reward_funcs": "tests._online:repeats", "max_completion_length": 3, "num_generations": 2}
-    with pytest.raises(ValueError, match=f"^pairs: {message}"):
+    drawn = message.replace("33 tokens", "30 tokens and 3 to be drawn").replace(
+        "--max", "with fewer to be drawn, --max"
+    )
+    with pytest.raises(ValueError, match=f"^pairs: {drawn}"):
         pairs.make(pairs.PairsOptions(**sources, **sampled, output_file=tmp_path / "out.jsonl"))

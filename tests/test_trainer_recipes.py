@@ -1,6 +1,7 @@
 """`sft`, `reward` and `kto` on a tiny random Llama: what they learn, how a step may be split, what is saved."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ pytest.importorskip("peft")
 
 import peft
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+    T5ForSequenceClassification,
+)
 
 from fastpref.trainer import kto, reward, sft
 from fastpref.trainer.metrics import read_metrics
@@ -205,6 +212,22 @@ def test_killed_and_resumed_is_uninterrupted(recipe, tiny, tmp_path):
 def test_refusals(recipe, wrong, message, tiny, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(options(recipe, tiny, tmp_path, **wrong))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        (LlamaForSequenceClassification, 2, r"no model to be had from .* \(.*mismatched_sizes"),
+        (T5ForSequenceClassification, 1, "the model must read prompt and answer as one text; .* has a decoder apart"),
+    ],
+)
+def test_a_model_that_cannot_score_is_refused(kind, labels, message, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "d_kv": 8}
+    config = kind.config_class(vocab_size=len(WORDS), num_labels=labels, pad_token_id=2, **sizes)
+    kind(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"^reward: {message}"):
+        train(options("reward", tiny, tmp_path / "run", model_name_or_path=str(tmp_path / "model")))
 
 
 def test_prompts_are_learned_if_asked(tiny, tmp_path, plain):

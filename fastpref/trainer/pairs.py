@@ -106,7 +106,7 @@ def make(options: PairsOptions) -> Made:
         prompts = load(o, tokenizer)
     how_read = {"dtype": o.dtype, "trust_remote_code": o.trust_remote_code}
     model = from_pretrained(AutoModelForCausalLM, name, o.recipe, **how_read).to(state.device).eval()
-    check_positions(o.recipe, model, max(prompt.longest for prompt in prompts) + o.max_completion_length)
+    check_positions(o.recipe, model, max(prompt.longest for prompt in prompts), o.max_completion_length)
     sources = [*([o.reward_model_path] if o.reward_model_path else []), *(o.reward_funcs or [])]
     rewards = Rewards(sources, o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size)
     pad = padding_id(tokenizer)

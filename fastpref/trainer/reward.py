@@ -92,7 +92,12 @@ def scorer(options: RewardOptions, name: str, resumed: Path | None) -> Any:
     """The model with a head of one number; without a score head in its checkpoint, a random one."""
     pad = padding_id(from_pretrained(AutoTokenizer, name, options.recipe, trust_remote_code=options.trust_remote_code))
     auto = AutoModelForSequenceClassification
-    return load_model(auto, options, name, resumed, task="SEQ_CLS", num_labels=1, pad_token_id=pad)
+    model = load_model(auto, options, name, resumed, task="SEQ_CLS", num_labels=1, pad_token_id=pad)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{options.recipe}: the model must read prompt and answer as one text; {name} has a decoder apart"
+        )
+    return model
 
 
 def scores(run: Run, model: Any, pairs: Sequence[Pair]) -> Tensor:

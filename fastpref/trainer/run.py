@@ -31,7 +31,7 @@ from fastpref.trainer.identity import differences, identity
 from fastpref.trainer.metrics import MetricsLog, Sums, Tally, means, merged, read_metrics
 from fastpref.trainer.optimizers import make_optimizer
 from fastpref.trainer.options import OF_ADAM, TrainOptions
-from fastpref.trainer.pretrained import check_positions, from_pretrained
+from fastpref.trainer.pretrained import check_positions, check_vocabulary, from_pretrained
 from fastpref.trainer.sharded import WholeOptimizer, whole_weights
 from fastpref.trainer.start import causal_lm, start, where_to_start
 
@@ -149,7 +149,8 @@ def open_run(
             f"{o.recipe}: {len(items)} training {unit} do not fill one optimizer step of {per_step} {unit}"
         )
     model = build(o, name, resumed)
-    check_positions(o.recipe, model, max(item.longest for item in [*items, *held_out]) + o.new_tokens)
+    check_vocabulary(o.recipe, model, [*items, *held_out])
+    check_positions(o.recipe, model, max(item.longest for item in [*items, *held_out]), o.new_tokens)
     adam = {name: getattr(o, name) for name in OF_ADAM}
     optimizer = make_optimizer(
         model, o.optim, learning_rate=o.learning_rate, weight_decay=o.weight_decay, optim_args=o.optim_args, **adam

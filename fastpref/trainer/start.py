@@ -100,6 +100,10 @@ def where_to_start(accelerator: Accelerator, options: TrainOptions) -> Path | No
     so is with `true` a finished run that has no whole checkpoint.
     """
     folder, resume = Path(options.output_dir), options.resume_from_checkpoint
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):  # now, not after the reference has scored
+        why = "may not be written" if there.is_dir() else "is not a folder"
+        raise ValueError(f"{options.recipe}: output_dir {folder} cannot be made or filled: {there} {why}")
     if isinstance(resume, str):
         if Path(resume).resolve().parent != folder.resolve():
             raise ValueError(
@@ -171,15 +175,30 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
     if options.use_peft and resumed:
         model = PeftModel.from_pretrained(model, resumed, is_trainable=True)
     elif options.use_peft:
-        lora = LoraConfig(
-            task_type=task,
-            r=options.lora_r,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-            target_modules=options.lora_target_modules,
-        )
-        model = get_peft_model(model, lora)
+        model = with_lora(model, options, task)
     return model
+
+
+def with_lora(model: Any, options: TrainOptions, task: str) -> Any:
+    targets = options.lora_target_modules
+    if isinstance(targets, str) and targets.isidentifier():
+        targets = [targets]  # peft takes a text for a pattern of a module's whole path, which a bare name is not
+    lora = LoraConfig(
+        task_type=task,
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        matrices = (path for path, weight in model.named_parameters() if weight.ndim == 2 and path.endswith(".weight"))
+        names = ", ".join(sorted({path.split(".")[-2] for path in matrices}))
+        raise ValueError(
+            f"{options.recipe}: no adapter for lora_target_modules {targets} ({str(error).rstrip('.')}). "
+            f"The model's matrices are {names}; all-linear takes all but embeddings and head"
+        ) from error
 
 
 def without_dropout(model: nn.Module) -> None:
