@@ -22,14 +22,14 @@ def tensors():
     hidden, weight = torch.randn(4, 7, 12, generator=generator), torch.randn(31, 12, generator=generator)
     targets = torch.randint(31, (4, 7), generator=generator)
     targets[:, :2] = -100
+    targets[3] = -100  # no token of this one counts
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     given = {"hidden": hidden, "weight": weight, "targets": targets, "F": F, "torch": torch}
     given |= {"ref_hidden": hidden.detach() + 0.3, "ref_weight": weight.detach() * 1.1}
     given["ref_logps"] = sums(given["ref_hidden"], given["ref_weight"], targets)
-    given["old_logps"] = token_logps(hidden, weight, targets, 0.9)[0].detach() + 0.3 * torch.randn(
-        4, 7, generator=generator
-    )
+    given["old_logps"] = token_logps(hidden, weight, targets, 0.9)[0].detach() + torch.randn(4, 7, generator=generator)
     given["advantages"] = torch.randn(4, 7, generator=generator)
+    given["class_weights"] = torch.rand(31, generator=generator)
     return given, leaves
 
 
@@ -66,7 +66,16 @@ class cut_cross_entropy:  # stands for the module
         return F.cross_entropy((softcap * torch.tanh(hidden @ weight.T / softcap)).flatten(0, 1), targets.flatten())
 
 
-PEERS = {x.__name__: x for x in (LigerFusedLinearDPOLoss, FusedLinearForPPO, cut_cross_entropy)}
+def compute_policy_loss(old_logps, logps, advantages, mask, cliprange, loss_agg_mode, clip_ratio_c=3.0):
+    assert loss_agg_mode == "seq-mean-token-mean"
+    ratio = (logps - old_logps).exp()
+    clipped = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+    losses = torch.where(advantages < 0, torch.minimum(clipped, -advantages * clip_ratio_c), clipped)
+    lengths = mask.sum(-1)
+    return ((losses * mask).sum(-1) / lengths.clamp(min=1)).sum() / (lengths > 0).sum(), None
+
+
+PEERS = {x.__name__: x for x in (LigerFusedLinearDPOLoss, FusedLinearForPPO, cut_cross_entropy, compute_policy_loss)}
 
 
 def result(code):
