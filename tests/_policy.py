@@ -18,6 +18,7 @@ OPTIONS = {  # a row of the table: name of the test -> (loss_type, its options, 
     "cispo": ("cispo", {"epsilon_high": 0.4}, "mean"),
     "cispo, both bounds": ("cispo", {"epsilon_high": 0.4, "epsilon": 0.1}, "mean"),
     "sapo": ("sapo", {}, "sequence_mean"),
+    "vespo": ("vespo", {}, "mean"),
     "luspo": ("luspo", {"epsilon": 0.03}, "sequence_sum"),
     "rloo": ("rloo", {}, "sequence_mean"),
     "reinforce": ("reinforce", {}, "sequence_sum"),
@@ -39,6 +40,10 @@ def surrogate(loss_type, logp, old, advantage, *, epsilon=0.2, epsilon_high=None
     if loss_type == "sapo":
         tau = torch.where(advantage > 0, torch.tensor(1.0).double(), torch.tensor(1.05).double())
         return -4 / tau / (1 + torch.exp(-tau * (exp(log_ratio) - 1))) * advantage
+    if loss_type == "vespo":
+        k, rate = (torch.where(advantage > 0, a, b).double() for a, b in ((2.0, 3.0), (3.0, 2.0)))
+        log_w = log_ratio.detach().sum()
+        return -torch.exp(k * log_w + rate * (1 - log_w.exp())) * advantage * logp
     if loss_type == "cispo":
         weight = exp(log_ratio.detach()).clamp(0.0 if epsilon is None else 1 - epsilon, 1 + epsilon_high)
         return -weight * advantage * logp

@@ -165,7 +165,7 @@ def test_extreme_ratios_stay_finite(name, nats, sign):
     assert_same(got, truth(name, batch, kl_coef=0.1), rtol=1e-5)
 
 
-CLIPPED = [name for name, (kind, *_) in OPTIONS.items() if kind not in ("cispo", "sapo", "reinforce")]
+CLIPPED = [name for name, (kind, *_) in OPTIONS.items() if kind not in ("cispo", "sapo", "vespo", "reinforce")]
 
 
 @pytest.mark.parametrize("name", CLIPPED)
@@ -341,6 +341,8 @@ OPTION_REFUSED = {
     "ppo: delta must be > 1, or None; got 0.9": ("ppo", {"delta": 0.9}),
     "sapo: temperatures must be > 0 and finite; got 0 and 1.05": ("sapo", {"sapo_temperature_pos": 0}),
     "sapo: temperatures must be > 0 and finite; got 1.0 and inf": ("sapo", {"sapo_temperature_neg": float("inf")}),
+    "vespo: both k must be >= 0 and both lambda > 0, all finite; got .-1, 3.0": ("vespo", {"vespo_k_pos": -1}),
+    "vespo: both k must be >= 0 .* got .2.0, 3.0, 3.0, 0": ("vespo", {"vespo_lambda_neg": 0}),
     "cispo: epsilon and epsilon_high must be >= 0; got nan": ("cispo", {"epsilon": float("nan")}),
     "cispo: epsilon and epsilon_high must be >= 0": ("cispo", {"epsilon_high": -1.0}),
     "gspo: epsilon must be a number; got str": ("gspo", {"epsilon": "0.2"}),

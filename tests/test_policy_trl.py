@@ -33,6 +33,7 @@ BOTH = {
     "dapo": ("dapo", {"epsilon_high": 0.28}, {}),
     "cispo": ("cispo", {"epsilon_high": 1.3}, {"epsilon_high": 0.3}),
     "sapo": ("sapo", {}, {}),
+    "vespo": ("vespo", {}, {}),
     "gspo": ("grpo", {"importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.04}, {}),
     "luspo": ("luspo", {"importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.03}, {}),
 }
@@ -60,6 +61,10 @@ def trl_loss(loss_type, batch, logps, entropy, *, beta=0.0, bias_correction=Fals
         use_bias_correction_kl=bias_correction,
         sapo_temperature_pos=1.0,
         sapo_temperature_neg=1.05,
+        vespo_k_pos=2.0,
+        vespo_lambda_pos=3.0,
+        vespo_k_neg=3.0,
+        vespo_lambda_neg=2.0,
         steps_per_generation=1,
     )
     metrics = defaultdict(lambda: defaultdict(list))
@@ -80,6 +85,7 @@ def trl_loss(loss_type, batch, logps, entropy, *, beta=0.0, bias_correction=Fals
         entropy_coef=entropy_coef,
         _entropy_bonus_enabled=bool(entropy_coef),
         _metrics=metrics,
+        get_gamma_weights=grpo_trainer.GRPOTrainer.get_gamma_weights,
         _get_per_token_logps_and_entropies=lambda *_, **__: (logps, entropy, None),
         **options,
     )

@@ -46,7 +46,7 @@ def test_reaches_95_percent_of_the_optimum(tiny, tmp_path, loss_type, seed):
     assert lines[-1]["reward"] >= 0.95
 
 
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "gspo", "cispo", "sapo", "luspo", "reinforce", "bnpo"])
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "gspo", "cispo", "sapo", "vespo", "luspo", "reinforce", "bnpo"])
 def test_every_loss_improves(tiny, tmp_path, loss_type):
     given = {"per_device_train_batch_size": 64, "max_steps": 10, "beta": 0.01, "num_iterations": 2}
     given |= {} if loss_type == "reinforce" else {"steps_per_generation": 2}
@@ -273,6 +273,8 @@ def test_takes_what_trl_takes(tiny, tmp_path):
     assert options(tiny, tmp_path, reward_funcs=same).reward_funcs == [same]
     given = {"sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.3}
     assert options(tiny, tmp_path, loss_type="sapo", **given).of_loss == given
+    given = {"vespo_k_pos": 1.0, "vespo_k_neg": 2.0, "vespo_lambda_pos": 2.5, "vespo_lambda_neg": 1.5}
+    assert options(tiny, tmp_path, loss_type="vespo", **given).of_loss == given
 
 
 class Judge:

@@ -56,7 +56,7 @@ def policy_loss(
         loss_type: a name in POLICY_LOSSES, a function f(rollout, ...) -> (N,), or a list of them with `loss_weights`. A
             function may declare `couples`; undeclared it counts as coupling the batch.
         importance_sampling_level: "token", or "sequence": r is the geometric mean of the ratios of the sequence, for
-            the losses that have no ratio of their own (gspo, luspo, rloo).
+            the losses that have no ratio of their own (gspo, luspo, rloo, vespo).
         token_weights: (B,) or shaped like logps, a factor on the surrogate, not on KL or entropy: truncated importance
             sampling against the sampler's log-probs, or 0 where a token is too far off-policy. No gradient.
         ref_logps: like logps, under the reference, for the KL term.

@@ -20,6 +20,7 @@ from fastpref.ops import _check
 
 EPSILON = 0.2
 CISPO_EPSILON_HIGH = 4.0
+VESPO_K, VESPO_LAMBDA = (2.0, 3.0), (3.0, 2.0)  # where A > 0, elsewhere
 Metrics = dict[str, Tensor]
 
 
@@ -259,6 +260,12 @@ def cispo(rollout: Rollout, *, epsilon_high: float = CISPO_EPSILON_HIGH, epsilon
     return -rollout.ratios.detach().clamp(low, 1 + epsilon_high) * rollout.advantages * rollout.logps
 
 
+def _by_sign(rollout: Rollout, positive: float, other: float) -> Tensor:
+    """(N,) positive where A > 0, other elsewhere."""
+    above = (rollout.advantages > 0).to(rollout.logps.dtype)
+    return positive * above + other * (1 - above)
+
+
 @couples("token", reduction="sequence_mean")
 def sapo(rollout: Rollout, *, sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05) -> Tensor:
     """SAPO: -(4 / tau) sigmoid(tau (r - 1)) A, a soft gate in place of the clip.
@@ -271,11 +278,53 @@ def sapo(rollout: Rollout, *, sapo_temperature_pos: float = 1.0, sapo_temperatur
     if not (0 < sapo_temperature_pos < float("inf") and 0 < sapo_temperature_neg < float("inf")):
         got = f"{sapo_temperature_pos} and {sapo_temperature_neg}"
         raise ValueError(f"sapo: temperatures must be > 0 and finite; got {got}")
-    positive = (rollout.advantages > 0).to(rollout.logps.dtype)
-    tau = sapo_temperature_pos * positive + sapo_temperature_neg * (1 - positive)
+    tau = _by_sign(rollout, sapo_temperature_pos, sapo_temperature_neg)
     return -4 / tau * torch.sigmoid(tau * (rollout.ratios - 1)) * rollout.advantages
 
 
+def _gamma_weights(
+    rollout: Rollout,
+    *,
+    vespo_k_pos: float = VESPO_K[0],
+    vespo_k_neg: float = VESPO_K[1],
+    vespo_lambda_pos: float = VESPO_LAMBDA[0],
+    vespo_lambda_neg: float = VESPO_LAMBDA[1],
+) -> Tensor:
+    """(N,) w^k e^(lambda (1 - w)) of the token's sequence, without gradient."""
+    k, rate = _by_sign(rollout, vespo_k_pos, vespo_k_neg), _by_sign(rollout, vespo_lambda_pos, vespo_lambda_neg)
+    log_w = rollout.sums(rollout.log_ratios.detach())[rollout.sequence]
+    return torch.exp(k * log_w - rate * torch.expm1(log_w))
+
+
+def _vespo_metrics(rollout: Rollout, **options: float) -> Metrics:
+    return {"vespo/phi_seq_mean": _share(rollout, _gamma_weights(rollout, **options), by_sequence=True)}
+
+
+@couples("sequence", reduction="mean", metrics=_vespo_metrics)
+def vespo(
+    rollout: Rollout,
+    *,
+    vespo_k_pos: float = VESPO_K[0],
+    vespo_k_neg: float = VESPO_K[1],
+    vespo_lambda_pos: float = VESPO_LAMBDA[0],
+    vespo_lambda_neg: float = VESPO_LAMBDA[1],
+) -> Tensor:
+    """VESPO: -sg(phi(w)) A log pi, phi(w) = w^k e^(lambda (1 - w)), w = pi(y) / pi_old(y) of the whole answer.
+
+    arXiv:2602.10693. Answers that have become much likelier or unlikelier count for less, without an edge: phi is 1 at
+    w = 1, highest at k / lambda, and falls to 0 on both sides. k and lambda are the _pos ones where A > 0, the _neg
+    ones elsewhere; names and defaults are TRL's. (TRL multiplies a sampler's correction into w; here token_weights
+    scale the loss.)
+    """
+    powers = {"vespo_k_pos": vespo_k_pos, "vespo_k_neg": vespo_k_neg}
+    rates = {"vespo_lambda_pos": vespo_lambda_pos, "vespo_lambda_neg": vespo_lambda_neg}
+    _check.number("vespo", **powers, **rates)
+    found = (*powers.values(), *rates.values())
+    if not all(0 <= x < float("inf") for x in found) or not all(rates.values()):
+        raise ValueError(f"vespo: both k must be >= 0 and both lambda > 0, all finite; got {found}")
+    return -_gamma_weights(rollout, **powers, **rates) * rollout.advantages * rollout.logps
+
+
 POLICY_LOSSES: dict[str, Loss] = {
-    f.__name__: f for f in (ppo, grpo, dr_grpo, bnpo, dapo, gspo, cispo, sapo, luspo, rloo, reinforce)
+    f.__name__: f for f in (ppo, grpo, dr_grpo, bnpo, dapo, gspo, cispo, sapo, vespo, luspo, rloo, reinforce)
 }

@@ -72,7 +72,7 @@ class GRPOOptions(OnlineOptions):
     num_iterations: int = option(1, "passes over the completions of a step")
 
     loss_type: str | Callable[..., Tensor] = option(
-        "dapo", "a policy loss: grpo, dr_grpo, dapo, bnpo, gspo, cispo, sapo, luspo, rloo, reinforce, ppo"
+        "dapo", "a policy loss: grpo, dr_grpo, dapo, bnpo, gspo, cispo, sapo, vespo, luspo, rloo, reinforce, ppo"
     )
     scale_rewards: bool | Literal["paper", "group", "batch", "none"] = option(
         "paper",
@@ -83,6 +83,10 @@ class GRPOOptions(OnlineOptions):
     delta: float | None = option(None, "a ratio counts up to this where the advantage is negative; none: without end")
     sapo_temperature_pos: float | None = option(None, "of loss_type sapo, where the advantage is positive; none: 1")
     sapo_temperature_neg: float | None = option(None, "of loss_type sapo, where it is negative; none: 1.05")
+    vespo_k_pos: float | None = option(None, "of loss_type vespo: the power of the ratio, advantage positive; none: 2")
+    vespo_k_neg: float | None = option(None, "the same where it is negative; none: 3")
+    vespo_lambda_pos: float | None = option(None, "of loss_type vespo: the decay with it, advantage positive; none: 3")
+    vespo_lambda_neg: float | None = option(None, "the same where it is negative; none: 2")
     importance_sampling_level: Literal["token", "sequence"] = option("token", "whose ratios: token or sequence")
     mask_truncated_completions: bool = option(False, "leave out completions that no stop token ended")
     use_bias_correction_kl: bool = option(True, "weigh the KL in the loss by the ratio")
@@ -139,8 +143,8 @@ class GRPOOptions(OnlineOptions):
     @property
     def of_loss(self) -> dict[str, float]:
         """The options of the loss that were given."""
-        names = "epsilon epsilon_high delta sapo_temperature_pos sapo_temperature_neg".split()
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        ours = ("epsilon", "delta", "sapo_", "vespo_")
+        return {name: value for name, value in vars(self).items() if name.startswith(ours) and value is not None}
 
     @property
     def loss_name(self) -> str:
