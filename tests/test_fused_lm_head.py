@@ -66,6 +66,7 @@ ARCHITECTURES: dict[str, tuple[dict, set[str]]] = {
     "mixtral": ({**MOE, "num_local_experts": 4}, set()),
     "qwen3_moe": ({**MOE, "num_experts": 4, "moe_intermediate_size": 16}, set()),
     "granitemoe": ({**MOE, "num_local_experts": 4, "logits_scaling": 8.0}, {"logit_scale"}),
+    "llama4_text": ({**MOE, "num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 64}, set()),
     "gpt_oss": ({**MOE, "num_local_experts": 4}, set()),
     "cohere2": ({**LLAMA_LIKE, "logit_scale": 0.25}, {"logit_scale"}),
     "falcon": (SIZES, set()),

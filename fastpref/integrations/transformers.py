@@ -83,7 +83,7 @@ def fused_lm_head(model: Model) -> Model:
     if (
         causal_lm.get_output_embeddings() is None
         or causal_lm.config.is_encoder_decoder
-        or causal_lm.base_model is causal_lm
+        or decoder_of(causal_lm) is causal_lm
     ):
         raise ValueError(f"fused_lm_head: model must be {wanted}; got {name}, which is not a decoder under an LM head")
     if "forward" in vars(causal_lm):
@@ -100,6 +100,13 @@ def fused_lm_head(model: Model) -> Model:
         if not isinstance(linear, FusedLinear):
             linear.__class__ = FusedLinear
     return model
+
+
+def decoder_of(causal_lm: Any) -> Any:
+    """What the LM head stands on; the model itself if nothing else is found."""
+    base = causal_lm.base_model
+    # Llama 4's prefix names a module that its text model has not
+    return getattr(causal_lm, "model", base) if base is causal_lm else base
 
 
 def _linears(model: Any) -> list[nn.Module]:
@@ -202,7 +209,7 @@ def _forward_with_head(model: Any, head: Callable[..., Any], router_loss: Any, k
             )
         kwargs["output_router_logits"] = True
 
-    outputs = model.base_model(**kwargs)
+    outputs = decoder_of(model)(**kwargs)
     result = call_head(model.get_output_embeddings(), outputs[0], head, _head_options(model))
     if not wants_aux:
         return result
@@ -240,7 +247,7 @@ def _check_logits(model: Any) -> None:
         output = model(input_ids=input_ids, **no_cache)
         # a model output may begin with a loss (the routers'); a plain tuple begins with the logits
         logits = output.logits if hasattr(output, "logits") else output[0]
-        hidden = model.base_model(input_ids=input_ids, **no_cache)[0]
+        hidden = decoder_of(model)(input_ids=input_ids, **no_cache)[0]
     finally:
         hook.remove()
         for module in training:

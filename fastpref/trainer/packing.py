@@ -29,6 +29,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fastpref.integrations.transformers import decoder_of
+
 NAME = "fastpref"
 
 
@@ -288,7 +290,7 @@ def _differs(causal_lm: Any, before: str) -> str | None:
         found = []
         for prompt, completion in sequences:
             ids = torch.tensor([prompt + completion], device=embedding.device)
-            found.append(causal_lm.base_model(input_ids=ids, use_cache=False)[0][0, max(len(prompt), 1) - 1 : -1])
+            found.append(decoder_of(causal_lm)(input_ids=ids, use_cache=False)[0][0, max(len(prompt), 1) - 1 : -1])
         return torch.cat(found).float()
 
     expected = states()
@@ -300,7 +302,7 @@ def _differs(causal_lm: Any, before: str) -> str | None:
     if not (states() - expected).norm() <= allowed:
         return f"its {before} attention is not SDPA's"
     with _packed_as(packed.branches):
-        found = causal_lm.base_model(**packed.inputs, use_cache=False)[0].flatten(0, 1)
+        found = decoder_of(causal_lm)(**packed.inputs, use_cache=False)[0].flatten(0, 1)
     if not (found[packed.rows].float() - expected).norm() <= allowed:
         return "its states of a packed row are not those of its sequences"
     return None
