@@ -112,6 +112,11 @@ def test_functions_of_one_name_are_numbered(tokenizer):
     assert rewards.names == ["<lambda>", "<lambda>_2", "<lambda>_3"]
 
 
+def test_a_batch_without_a_reward_is_told(tokenizer):
+    with pytest.warns(UserWarning, match=r"^Rewards: None for each of 2 completions, by only_of_long_prompts: nothing"):
+        rewards_of([only_of_long_prompts], tokenizer, [Prompt("a", [3], {"answer": "c"})] * 2)
+
+
 def test_an_async_function_runs_beside_a_loop_that_runs(tokenizer):
     async def in_a_notebook():
         return rewards_of([Shortness()], tokenizer)

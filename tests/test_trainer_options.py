@@ -224,10 +224,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, tmp_path):
     shutil.copytree(tiny / "model", tmp_path / "model")
     config = LlamaConfig.from_pretrained(tiny / "model", vocab_size=5)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        ValueError, match=r"^dpo: the model has embeddings of 5 tokens, and the tokenizer makes token 16"
-    ):
-        train(options(tiny, tmp_path / "run", model_name_or_path=str(tmp_path / "model")))
+    message = "the model has embeddings of 5 tokens, and the tokenizer makes token 1."
+    sources = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": str(tiny / "pairs.jsonl")}
+    with pytest.raises(ValueError, match=f"^dpo: {message}"):
+        train(options(tiny, tmp_path / "run", **sources))
+    with pytest.raises(ValueError, match=f"^eval: {message}"):
+        eval.evaluate(EvalOptions(**sources))
+    with pytest.raises(ValueError, match=f"^pairs: {message}"):
+        pairs.make(
+            pairs.PairsOptions(**sources, reward_funcs="tests._online:repeats", output_file=tmp_path / "out.jsonl")
+        )
 
 
 @pytest.mark.parametrize("model", DROPPING)

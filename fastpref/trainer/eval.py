@@ -33,7 +33,7 @@ from fastpref.trainer.data_files import Rows, load_rows, place_of, split_to_judg
 from fastpref.trainer.encode import scored
 from fastpref.trainer.figures import Figure, Figures, of_scores, table, win_rates, write
 from fastpref.trainer.packing import enable_packing, pack, packs, through_rows
-from fastpref.trainer.pretrained import check_positions, from_pretrained, is_adapter
+from fastpref.trainer.pretrained import check_positions, check_vocabulary, from_pretrained, is_adapter
 from fastpref.trainer.prompts import Prompt, prompt_columns, room_for_prompt, tokenize_prompts
 from fastpref.trainer.rewards import Rewards
 from fastpref.trainer.rollout import Sample, Sampling, batches, drawn, stop_ids_of
@@ -123,7 +123,7 @@ def evaluate(options: EvalOptions) -> dict[str, Figures]:
     how = o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size
     score = Rewards(o.sources, *how) if o.sources else None
     longest = [*(pair.longest for pair in pairs), *(prompt.longest + o.max_completion_length for prompt in prompts)]
-    both = Both(o, tokenizer, state.device, max(longest))
+    both = Both(o, tokenizer, state.device, [*pairs, *prompts], max(longest))
     found: dict[str, Figures] = {"policy": {}, "reference": {}}
     if pairs:
         found["policy"] |= of_pairs(o, both, pairs)
@@ -172,14 +172,19 @@ def load(o: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Pair]
 class Both:
     """The tuned model and its reference: another model, or the same with its adapter off.
 
-    longest: tokens of the longest sequence that they are to read.
+    items: what they are to read; longest: tokens of its longest sequence, completions among them.
     """
 
     def __init__(
-        self, options: EvalOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device, longest: int
+        self,
+        options: EvalOptions,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        items: Sequence[Pair | Prompt],
+        longest: int,
     ) -> None:
         o = options
-        self._options, self._tokenizer, self._device, self._longest = o, tokenizer, device, longest
+        self._options, self._tokenizer, self._device, self._items, self._longest = o, tokenizer, device, items, longest
         assert o.model_name_or_path is not None
         self._policy = self._load(o.model_name_or_path)
         self._reference = self._load(o.ref_model_name_or_path) if o.ref_model_name_or_path else None
@@ -221,6 +226,7 @@ class Both:
         auto = AutoPeftModelForCausalLM if is_adapter(name) else AutoModelForCausalLM
         how = {"dtype": self._options.dtype, "trust_remote_code": self._options.trust_remote_code}
         model: Any = fused_lm_head(from_pretrained(auto, name, "eval", **how))
+        check_vocabulary("eval", model, self._items)
         check_positions("eval", model, self._longest)
         if reason := enable_packing(model):
             print(f"padding   {name} reads padded rows: {reason}", flush=True)

@@ -26,6 +26,10 @@ class Figure:
         error = float(values.double().std() / math.sqrt(n)) if n > 1 else math.nan
         return cls(float(values.double().mean()), error, n)
 
+    def __format__(self, form: str) -> str:
+        error = "" if math.isnan(self.error) else f" ± {self.error:.4f}"
+        return format(f"{self.mean:.4f}{error}", form)
+
 
 Figures = dict[str, Figure]
 
@@ -78,9 +82,7 @@ def table(found: Mapping[str, Figures]) -> str:
     for key in order:
         cells = [side.get(key) for side in (found["policy"], found["reference"])]
         n = next(figure.n for figure in cells if figure is not None)
-        shown = "".join(
-            f"{'' if figure is None else f'{figure.mean:.4f} ± {figure.error:.4f}':>20}" for figure in cells
-        )
+        shown = "".join(f"{'' if figure is None else figure:>20}" for figure in cells)
         lines.append(f"{NAMES.get(key, key.replace('_', ' ')):22}{shown}{n:>8}")
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fastpref.trainer.config import given_options, option, settle
 from fastpref.trainer.data_files import load_rows
 from fastpref.trainer.demo import demo_model
-from fastpref.trainer.pretrained import check_positions, from_pretrained
+from fastpref.trainer.pretrained import check_positions, check_vocabulary, from_pretrained
 from fastpref.trainer.prompts import Prompt, prompt_columns, room_for_prompt, tokenize_prompts
 from fastpref.trainer.rewards import Rewards, completion_of
 from fastpref.trainer.rollout import Sample, Sampling, check_sampling, drawn, stop_ids_of
@@ -106,6 +106,7 @@ def make(options: PairsOptions) -> Made:
         prompts = load(o, tokenizer)
     how_read = {"dtype": o.dtype, "trust_remote_code": o.trust_remote_code}
     model = from_pretrained(AutoModelForCausalLM, name, o.recipe, **how_read).to(state.device).eval()
+    check_vocabulary(o.recipe, model, prompts)
     check_positions(o.recipe, model, max(prompt.longest for prompt in prompts), o.max_completion_length)
     sources = [*([o.reward_model_path] if o.reward_model_path else []), *(o.reward_funcs or [])]
     rewards = Rewards(sources, o.reward_weights, tokenizer, state.device, o.per_device_eval_batch_size)

@@ -34,7 +34,7 @@ def is_adapter(name: str | Path) -> bool:
 
 def check_vocabulary(recipe: str, model: Any, items: Iterable[Any]) -> None:
     """A ValueError if an item has a token that the model has no embedding of."""
-    known = model.config.get_text_config().vocab_size
+    known = model.get_input_embeddings().weight.shape[0]
     largest = max(max(getattr(item, name, ()), default=0) for item in items for name in TOKENS)
     if largest >= known:
         raise ValueError(

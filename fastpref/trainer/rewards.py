@@ -17,6 +17,7 @@ import importlib
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -100,6 +101,12 @@ class Rewards:
                 )
         for i, sample in enumerate(samples):
             sample.rewards = [rewards[i] for rewards in found]
+        if samples and all(math.isnan(reward) for rewards in found for reward in rewards):
+            warnings.warn(
+                f"Rewards: None for each of {len(samples)} completions, by {' and '.join(self.names)}: nothing is "
+                "learned from such a batch",
+                stacklevel=2,
+            )
 
     def totals(self, samples: Sequence[Sample]) -> Tensor:
         """(N,) weighted sums; a source that cannot tell adds nothing, and NaN is where none can."""

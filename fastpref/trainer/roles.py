@@ -114,6 +114,9 @@ class Roles(nn.Module):
     def config(self) -> Any:
         return self.actor.config
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.actor.get_input_embeddings()
+
     @property
     def device(self) -> torch.device:
         return self.actor.device
