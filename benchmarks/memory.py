@@ -3,7 +3,7 @@
 One pair, half prompt, a trained head. Fits: torch's allocations alive at once beyond the inputs, the gradients
 returned among them, stay within `--memory-gib`. By hand, T tokens a sequence: eager holds 2 T V logits in the inputs'
 dtype and two or three times in fp32, 14 bytes each; the fused head a workspace, 4 V H beside it and 6 N H. The
-length is found to an eighth, up to 8 H tokens or the first step slower than SLOW seconds: then it says "at least".
+length is found to an eighth, or to the first step slower than SLOW seconds, and then it is "at least".
 """
 
 from collections.abc import Callable
@@ -63,18 +63,18 @@ def measure(name: str, shape: Shape, dtype: torch.dtype, settings: Settings, slo
         found[length] = {"extra_MiB": allocated(call) / MIB, "seconds": spent}
         return found[length]["extra_MiB"] <= 1024 * settings.memory_gib
 
-    length, bounded = longest(fits, lambda n: found[n]["seconds"] > slow, 8 * shape.hidden)
+    length, bounded = longest(fits, lambda n: found[n]["seconds"] > slow)
     if length == 0:
         return {"reason": f"{SHORTEST} tokens take {found[SHORTEST]['extra_MiB']:.0f} MiB"}
     return {"at_least" if bounded else "length": length, **found[length], "tried": len(found)}
 
 
-def longest(fits: Callable[[int], bool], slow: Callable[[int], bool], limit: int) -> tuple[int, bool]:
+def longest(fits: Callable[[int], bool], slow: Callable[[int], bool]) -> tuple[int, bool]:
     """(the longest length that fits, to an eighth; whether longer ones were left untried). 0: not even the shortest."""
     low, high = 0, SHORTEST
     while fits(high):
         low = high
-        if slow(high) or 2 * high > limit:
+        if slow(high):
             return low, True
         high *= 2
     while low and high - low > max(low // 8, 1):

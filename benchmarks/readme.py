@@ -46,7 +46,7 @@ STEPS = {  # of the table of other heads: (loss, head)
     "PPO, frozen head": ("ppo", "frozen"),
 }
 LONGEST, PLOT = "longest pair", "bench_cpu.png"
-AGAIN = "Again on your machine: `fastpref bench --quick`; `bash benchmarks/run_cpu.sh head losses` for these figures."
+AGAIN = "Again on your machine: `fastpref bench --quick`; `bash benchmarks/run_cpu.sh head losses longest` for these."
 
 
 def committed() -> list[Row]:
@@ -98,7 +98,8 @@ def table(rows: Sequence[Row]) -> str:
     shown = [heading for heading in lines[0] if any(line[heading] for line in lines)]
     drawn = grid([shown, *([line[heading] for heading in shown] for line in lines)])
     of_others = [steps.get((*what, row["contender"]), {}) for what, _ in OTHERS.values() for row in measured]
-    made = made_at([row for row in (*measured, *of_others) if "ratio" in row])
+    fitting = [longest.get(row["contender"], {}) for row in measured]
+    made = made_at([row for row in (*measured, *of_others, *fitting) if "seconds" in row])
     return "\n".join([drawn, "", *words(measured, [row for row in steps.values() if "reason" in row], shown, made)])
 
 

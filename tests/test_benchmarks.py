@@ -111,11 +111,10 @@ def test_the_longest_sequence_is_found_to_an_eighth():
         asked.append(n)
         return n <= 1000
 
-    found, bounded = memory.longest(fits, lambda n: False, 8192)
+    found, bounded = memory.longest(fits, lambda n: False)
     assert not bounded and 875 <= found <= 1000 and len(asked) <= 10
-    assert memory.longest(lambda n: True, lambda n: False, 500) == (256, True)
-    assert memory.longest(lambda n: True, lambda n: n >= 128, 8192) == (128, True)
-    assert memory.longest(lambda n: False, lambda n: False, 8192) == (0, False)
+    assert memory.longest(lambda n: True, lambda n: n >= 128) == (128, True)
+    assert memory.longest(lambda n: False, lambda n: False) == (0, False)
 
 
 def test_memory_of_the_fused_head_lets_a_longer_sequence_in():
