@@ -93,6 +93,8 @@ def bars(rows: Sequence[Row], key: str, title: str, form: str, mark: float | Non
 
 def lines(rows: Sequence[Row], grows: str) -> Callable[[Any], None]:
     """Seconds against what grows, log-log, the slope in the legend; dotted: the bare products."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     key, label = GROWS[grows]
 
     def panel(axes: Any) -> None:
@@ -107,6 +109,9 @@ def lines(rows: Sequence[Row], grows: str) -> Callable[[Any], None]:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label, fontsize=8)
         axes.set_ylabel("seconds a step", fontsize=8)
         axes.tick_params(labelsize=8)

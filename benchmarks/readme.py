@@ -61,7 +61,8 @@ def section(rows: Sequence[Row]) -> str:
     of_cpu, of_gpu = ([row for row in rows if ("gpu" in row) == gpu] for gpu in (False, True))
     parts = [part for some in (of_cpu, of_gpu) for make in (table, elsewhere, accuracy) if (part := make(some))]
     if (RESULTS / PLOT).exists():
-        parts.append(f"![The same steps: time, memory](benchmarks/results/{PLOT})")
+        alt = "The same steps: time and memory; the longest pair; cost as tokens and vocabulary grow"
+        parts.append(f"![{alt}](benchmarks/results/{PLOT})")
     parts += paragraphs.all_of(of_cpu)
     return "\n\n".join(parts if of_gpu else [*parts, "On a GPU: not measured."])
 
