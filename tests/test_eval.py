@@ -37,6 +37,7 @@ def test_figure_is_mean_and_standard_error():
     values = torch.tensor([1.0, 2.0, 4.0])
     assert Figure.of(values) == Figure(7 / 3, pytest.approx(math.sqrt(7 / 3 / 3)), 3)
     assert math.isnan(Figure.of(values[:1]).error)
+    assert f"{Figure(0.5, math.nan, 1):>8}" == "  0.5000" and f"{Figure(0.5, 0.25, 9)}" == "0.5000 ± 0.2500"
 
 
 @pytest.fixture(scope="module")

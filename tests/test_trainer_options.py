@@ -22,6 +22,7 @@ from fastpref.trainer.eval import EvalOptions
 from fastpref.trainer.grpo import GRPOOptions
 from fastpref.trainer.metrics import read_metrics
 from fastpref.trainer.packing import packs
+from fastpref.trainer.pretrained import check_positions
 from fastpref.trainer.start import causal_lm
 from tests import test_fused_lm_head
 from tests._trainer import make_tiny
@@ -256,3 +257,11 @@ def test_sequences_longer_than_the_models_positions_are_refused(model, tiny, tmp
     )
     with pytest.raises(ValueError, match=f"^pairs: {drawn}"):
         pairs.make(pairs.PairsOptions(**sources, **sampled, output_file=tmp_path / "out.jsonl"))
+
+
+def test_a_table_of_positions_of_no_known_length_refuses_nothing():
+    config = transformers.PreTrainedConfig()
+    assert getattr(config, "max_position_embeddings", None) is None
+    model = torch.nn.ModuleDict({"wpe": torch.nn.Embedding(4, 2)})
+    model.config = config
+    check_positions("grpo", model, 3, 2)

@@ -20,7 +20,7 @@ from fastpref.ops import _check
 
 EPSILON = 0.2
 CISPO_EPSILON_HIGH = 4.0
-VESPO_K, VESPO_LAMBDA = (2.0, 3.0), (3.0, 2.0)  # where A > 0, elsewhere
+VESPO = {"vespo_k_pos": 2.0, "vespo_k_neg": 3.0, "vespo_lambda_pos": 3.0, "vespo_lambda_neg": 2.0}
 Metrics = dict[str, Tensor]
 
 
@@ -282,16 +282,11 @@ def sapo(rollout: Rollout, *, sapo_temperature_pos: float = 1.0, sapo_temperatur
     return -4 / tau * torch.sigmoid(tau * (rollout.ratios - 1)) * rollout.advantages
 
 
-def _gamma_weights(
-    rollout: Rollout,
-    *,
-    vespo_k_pos: float = VESPO_K[0],
-    vespo_k_neg: float = VESPO_K[1],
-    vespo_lambda_pos: float = VESPO_LAMBDA[0],
-    vespo_lambda_neg: float = VESPO_LAMBDA[1],
-) -> Tensor:
-    """(N,) w^k e^(lambda (1 - w)) of the token's sequence, without gradient."""
-    k, rate = _by_sign(rollout, vespo_k_pos, vespo_k_neg), _by_sign(rollout, vespo_lambda_pos, vespo_lambda_neg)
+def _gamma_weights(rollout: Rollout, **options: float) -> Tensor:
+    """(N,) w^k e^(lambda (1 - w)) of the token's sequence, without gradient; options: of VESPO."""
+    o = {**VESPO, **options}
+    k = _by_sign(rollout, o["vespo_k_pos"], o["vespo_k_neg"])
+    rate = _by_sign(rollout, o["vespo_lambda_pos"], o["vespo_lambda_neg"])
     log_w = rollout.sums(rollout.log_ratios.detach())[rollout.sequence]
     return torch.exp(k * log_w - rate * torch.expm1(log_w))
 
@@ -304,10 +299,10 @@ def _vespo_metrics(rollout: Rollout, **options: float) -> Metrics:
 def vespo(
     rollout: Rollout,
     *,
-    vespo_k_pos: float = VESPO_K[0],
-    vespo_k_neg: float = VESPO_K[1],
-    vespo_lambda_pos: float = VESPO_LAMBDA[0],
-    vespo_lambda_neg: float = VESPO_LAMBDA[1],
+    vespo_k_pos: float = VESPO["vespo_k_pos"],
+    vespo_k_neg: float = VESPO["vespo_k_neg"],
+    vespo_lambda_pos: float = VESPO["vespo_lambda_pos"],
+    vespo_lambda_neg: float = VESPO["vespo_lambda_neg"],
 ) -> Tensor:
     """VESPO: -sg(phi(w)) A log pi, phi(w) = w^k e^(lambda (1 - w)), w = pi(y) / pi_old(y) of the whole answer.
 

@@ -48,10 +48,10 @@ def check_positions(recipe: str, model: Any, longest: int, new_tokens: int = 0) 
 
     longest: tokens of the longest sequence as it is read; new_tokens: those that are drawn after it.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     named = chain(model.named_parameters(), model.named_buffers())
     tables = (name for name, table in named if table.ndim == 2 and POSITIONS.search(name))
-    if longest + new_tokens > limit and (name := next(tables, None)):
+    if limit and longest + new_tokens > limit and (name := next(tables, None)):
         drawn = f" and {new_tokens:,} to be drawn" if new_tokens else ""
         what = "with fewer to be drawn, " if new_tokens else ""
         raise ValueError(

@@ -103,8 +103,8 @@ class Rewards:
             sample.rewards = [rewards[i] for rewards in found]
         if samples and all(math.isnan(reward) for rewards in found for reward in rewards):
             warnings.warn(
-                f"Rewards: None for each of {len(samples)} completions, by {' and '.join(self.names)}: nothing is "
-                "learned from such a batch",
+                f"Rewards: None for each of {len(samples)} completions, by {' and '.join(self.names)}: nothing "
+                "comes of such a batch",
                 stacklevel=2,
             )
 

@@ -180,6 +180,7 @@ def load_model(auto: Any, options: TrainOptions, name: str, resumed: Path | None
 
 
 def with_lora(model: Any, options: TrainOptions, task: str) -> Any:
+    """The model under a new adapter; a ValueError names its matrices where none can be adapted."""
     targets = options.lora_target_modules
     if isinstance(targets, str) and targets.isidentifier():
         targets = [targets]  # peft takes a text for a pattern of a module's whole path, which a bare name is not
